@@ -1,0 +1,351 @@
+"""The method contract: what a compression method declares, what it gets and what it gives back.
+
+A method is a class with four functions. Three of them (`stages`, `weights`, `layout`) answer with plain numbers and never
+import torch, so that a plan can be made without it; `apply` computes on tensors of static shape. The framework moves
+positions, masks, features and key biases along `source` and `mix`; a method never touches them.
+
+Legend: b batch (under `scope: image` every picture is an item of the batch), n candidates that arrive, k tokens that leave, c channels, m text
+tokens, h heads, r rotary axes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+from tmc_export.core.facts import ModelFacts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "Attention",
+    "Budget",
+    "Compressed",
+    "Context",
+    "Features",
+    "Keys",
+    "Layout",
+    "Method",
+    "MethodConfig",
+    "Need",
+    "Positions",
+    "Segment",
+    "Site",
+    "Stage",
+    "TextEmbeds",
+]
+
+Positions = Literal["keep", "renumber", "truncate"]
+Shape = tuple[int, ...]
+
+
+# --------------------------------------------------------------------------------------------------------------- sites
+_SITE = re.compile(r"^(input|encoder|projector|decoder|prefill_end|step)(?:\.(\d+))?(?:\.(mid|replace))?$")
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a stage acts.
+
+    Written `input`, `encoder.<l>`, `encoder.<l>.mid`, `encoder`, `projector`, `projector.replace`, `decoder.<k>`,
+    `decoder.<k>.mid`, `prefill_end` or `step.<k>`. `decoder.2` is after the first two layers, `decoder.0` the assembled
+    embeddings, `encoder` after the last encoder layer in use; `.mid` is between attention and feed-forward of that (0-based) layer.
+
+    >>> Site.parse("encoder.3.mid")
+    Site(part='encoder', layer=3, point='mid')
+    """
+
+    part: str
+    layer: int | None = None
+    point: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Site:
+        """Read a site; raises `ValueError` that lists the forms."""
+        match = _SITE.match(text)
+        bad = match is None
+        if match is not None:
+            part, layer, point = match.group(1), match.group(2), match.group(3)
+            bad = (
+                (part in ("decoder", "step") and layer is None)
+                or (part in ("input", "projector", "prefill_end") and layer is not None)
+                or (point == "mid" and (layer is None or part not in ("encoder", "decoder")))
+                or (point == "replace" and part != "projector")
+            )
+        if match is None or bad:
+            raise ValueError(
+                f"'{text}' is not a site; write input, encoder, encoder.<l>, encoder.<l>.mid, projector, projector.replace, "
+                "decoder.<k>, decoder.<k>.mid, prefill_end or step.<k>"
+            )
+        return cls(match.group(1), None if match.group(2) is None else int(match.group(2)), match.group(3))
+
+    def __str__(self) -> str:
+        return ".".join(str(p) for p in (self.part, self.layer, self.point) if p is not None)
+
+
+# -------------------------------------------------------------------------------------------------------------- budget
+@dataclass(frozen=True)
+class Budget:
+    """How many tokens stay: a share of what arrives (`"50%"`) or a number of tokens.
+
+    >>> Budget.parse("50%").of(577), Budget.parse(64).of(577)
+    (288, 64)
+    """
+
+    share: float | None = None
+    tokens: int | None = None
+
+    @classmethod
+    def parse(cls, value: object) -> Budget:
+        """Read `"50%"` or a whole number of tokens; raises `ValueError`."""
+        if isinstance(value, Budget):
+            return value
+        if isinstance(value, int) and not isinstance(value, bool):
+            if value < 1:
+                raise ValueError(f"a budget keeps at least 1 token, got {value}")
+            return cls(tokens=value)
+        if isinstance(value, str) and (match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", value.strip())):
+            percent = float(match.group(1))
+            if not 0 < percent <= 100:
+                raise ValueError(f"a budget is above 0% and at most 100%, got {value}")
+            return cls(share=percent / 100)
+        raise ValueError(f"a budget is a percentage such as '50%' or a number of tokens, got {value!r}")
+
+    def of(self, arriving: int, rounding: Literal["half_even", "floor", "ceil"] = "half_even") -> int:
+        """Return the number of tokens that stay of `arriving`; `rounding` follows the method's official code."""
+        if self.tokens is not None:
+            return self.tokens
+        exact = arriving * (self.share or 0.0)
+        if rounding == "floor":
+            return int(exact)
+        return -int(-exact // 1) if rounding == "ceil" else round(exact)
+
+    def __str__(self) -> str:
+        return f"{(self.share or 0) * 100:g}%" if self.tokens is None else str(self.tokens)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(cls.parse, serialization=core_schema.to_string_ser_schema())
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: Any) -> dict[str, Any]:
+        return {"anyOf": [{"type": "string", "pattern": r"^\d+(\.\d+)?\s*%$"}, {"type": "integer", "minimum": 1}]}
+
+
+class MethodConfig(BaseModel):
+    """The options of a method in a recipe; every method's `Config` derives from it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# --------------------------------------------------------------------------------------------------------------- needs
+@dataclass(frozen=True)
+class Need:
+    """Something a stage asks the framework to capture for it; the set of kinds is closed."""
+
+
+@dataclass(frozen=True)
+class Attention(Need):
+    """Attention weights of one layer, over the candidates.
+
+    Captured as `[b, n]` for `rows` of `last` and `cls`; `heads="none"` puts the head axis after the batch: `[b, h, n]`. For `rows="text"` and
+    `"window"`: `[b, rows, n]` (`[b, h, rows, n]` with `heads="none"`). For `rows="all"`: the column sums `[b, n]`.
+    The weights are softmax over **every** visible key (past, text and visual), in float32; the columns of the candidates are then taken.
+
+    Attributes:
+        layer: `previous` (the layer before the cut) or `next` (the layer after it, its query and keys computed from the tokens at the cut).
+        rows: which query rows: the last valid token, the class token, the text tokens of this turn, the last `window`, or all.
+        heads: how the heads are joined: mean, max, sum or none.
+        window: rows in the window when `rows` is `window`.
+        row_sum: also divide by nothing: hand the sum over rows instead of the rows.
+        logits: hand the scaled products before softmax.
+    """
+
+    layer: Literal["previous", "next"] = "previous"
+    rows: Literal["last", "text", "cls", "window", "all"] = "last"
+    heads: Literal["mean", "max", "sum", "none"] = "mean"
+    window: int = 0
+    row_sum: bool = False
+    logits: bool = False
+
+
+@dataclass(frozen=True)
+class Features(Need):
+    """Hidden states `[b, n, c]` after encoder layer `layer` (0-based; -1 is the last in use)."""
+
+    layer: int = -1
+
+
+@dataclass(frozen=True)
+class Keys(Need):
+    """Attention keys `[b, n, h, d]`, unscaled and before any rotary embedding, of the layer before the site (at `.mid`: of that layer)."""
+
+
+@dataclass(frozen=True)
+class TextEmbeds(Need):
+    """The prompt's text embeddings `[b, m, c]`, in `Context.text`."""
+
+
+# -------------------------------------------------------------------------------------------------------------- stages
+@dataclass(frozen=True)
+class Stage:
+    """One cut that a method makes.
+
+    Attributes:
+        at: where.
+        needs: what to capture for it.
+        index: 0-based number of the cut within its recipe entry.
+    """
+
+    at: Site
+    needs: tuple[Need, ...] = ()
+    index: int = 0
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of tokens of one kind. `grid` is (rows, columns) while the tokens still form a raster, else None."""
+
+    kind: Literal["class", "visual"]
+    tokens: int
+    grid: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What one picture's tokens look like at a place.
+
+    Attributes:
+        segments: runs of tokens, in order.
+        width: channels.
+        positions: what happens to rotary positions at this cut; only read at decoder sites.
+        kv_rows: decoder layer → visual KV rows left in a layer *before* the cut (retroactive pruning); empty when untouched.
+    """
+
+    segments: tuple[Segment, ...]
+    width: int
+    positions: Positions = "keep"
+    kv_rows: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all segments."""
+        return sum(s.tokens for s in self.segments)
+
+    @property
+    def class_tokens(self) -> int:
+        """Tokens of the class segments; they come first."""
+        return sum(s.tokens for s in self.segments if s.kind == "class")
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """The raster of the visual tokens, if there is exactly one visual segment and it still is a raster."""
+        visual = [s for s in self.segments if s.kind == "visual"]
+        return visual[0].grid if len(visual) == 1 else None
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method may read in `apply`; tensors of static shape.
+
+    Attributes:
+        layout: the static layout of the candidates.
+        facts: the model's numbers.
+        valid: `[b, n]` bool; false for padding (fewer pictures than the bucket). Invalid candidates must rank last.
+        source: `[b, n]` int64; the original index of every candidate among the uncompressed tokens of its picture, -1 = synthetic.
+        positions: `[r, b, n]` int64 rotary positions; decoder sites only.
+        text, text_valid: `[b, m, c]` and `[b, m]` bool, when `TextEmbeds` was asked for.
+        captured: what `Stage.needs` asked for, by need.
+        state: what the previous stage of the same recipe entry put into `Compressed.state`.
+        weights: learned weights by state-dict name.
+    """
+
+    layout: Layout
+    facts: ModelFacts
+    valid: Tensor
+    source: Tensor
+    positions: Tensor | None = None
+    text: Tensor | None = None
+    text_valid: Tensor | None = None
+    captured: Mapping[Need, Tensor] = field(default_factory=dict)
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What leaves a stage.
+
+    Attributes:
+        tokens: `[b, k, c]`.
+        source: `[b, k]` int64 index into the *candidates* (0…n-1) whose place the token takes; -1 = synthetic. At decoder sites ascending.
+        valid: `[b, k]` bool.
+        assign: `[b, n]` int64; the output row that each candidate was merged into, -1 = dropped. None when nothing was merged.
+        mix: `[b, k, n]` the linear map from candidates to tokens, when the method is one.
+        state: handed to the next stage of the same recipe entry.
+        key_bias: `[b, k]` added to the attention logits of these keys in later encoder layers (proportional attention).
+        text: `[b, m, c]` replaces the text tokens.
+        kv: decoder layer → `[b, rows]` int64 candidates whose KV rows stay in that earlier layer.
+    """
+
+    tokens: Tensor
+    source: Tensor
+    valid: Tensor
+    assign: Tensor | None = None
+    mix: Tensor | None = None
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    key_bias: Tensor | None = None
+    text: Tensor | None = None
+    kv: Mapping[int, Tensor] = field(default_factory=dict)
+
+
+class Method:
+    """Base of all methods: class-level facts, and the four functions. Methods hold no state and are never instantiated.
+
+    Attributes:
+        name: set by registration's name.
+        paper: title, venue and arXiv number.
+        official: repository and file of the official code, or `"paper only"`.
+        mechanism: transform, similarity, attention, query, or control.
+        modality: image, video or audio.
+        sites: forms of `at` the method accepts, with `<l>`/`<k>` for a layer: `("projector", "decoder.<k>")`.
+        query_aware: what is kept depends on the prompt.
+        training_free: works without learned weights of its own.
+    """
+
+    name: ClassVar[str] = ""
+    paper: ClassVar[str]
+    official: ClassVar[str]
+    mechanism: ClassVar[Literal["transform", "similarity", "attention", "query", "control"]]
+    modality: ClassVar[Literal["image", "video", "audio"]] = "image"
+    sites: ClassVar[tuple[str, ...]]
+    query_aware: ClassVar[bool] = False
+    training_free: ClassVar[bool] = True
+
+    Config: type[MethodConfig] = MethodConfig
+
+    @staticmethod
+    def stages(at: Site, config: Any, facts: ModelFacts) -> tuple[Stage, ...]:
+        """Return the cuts this recipe entry makes; raises `ValueError` with the reason and the fix when it cannot work."""
+        return (Stage(at),)
+
+    @staticmethod
+    def weights(config: Any, facts: ModelFacts) -> Mapping[str, Shape]:
+        """Return the learned weights by state-dict name."""
+        return {}
+
+    @staticmethod
+    def layout(stage: Stage, layout: Layout, config: Any, facts: ModelFacts) -> Layout:
+        """Return what comes out of the stage; raises `ValueError` with the reason and the fix when the budget cannot be met."""
+        raise NotImplementedError
+
+    @staticmethod
+    def apply(stage: Stage, tokens: Tensor, context: Context, config: Any) -> Compressed:
+        """Compress the candidates `[b, n, c]`; deterministic, static shapes, standard operators."""
+        raise NotImplementedError

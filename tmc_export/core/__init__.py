@@ -1,0 +1,1 @@
+"""What every room stands on: errors, shapes, facts, registries, lazy imports. Standard library only."""
