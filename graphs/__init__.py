@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Callable
 
 from tmc_export.core.registry import Registry
 from tmc_export.graphs._contract import Method
@@ -21,4 +22,13 @@ def _load() -> None:
 
 
 METHODS: Registry[type[Method]] = Registry("method", _load)
-register = METHODS.register
+
+
+def register(name: str) -> Callable[[type[Method]], type[Method]]:
+    """Register a method class under `name`, the name recipes use; a second one of that name raises `ValueError`."""
+
+    def add(method: type[Method]) -> type[Method]:
+        method.name = name
+        return METHODS.register(name)(method)
+
+    return add
