@@ -1,0 +1,164 @@
+"""What a plan says, as frozen data. Everything downstream reads these and nothing else of the recipe.
+
+Legend: S_i tokens that a prompt's bucket brings to block i, C_i its KV slots, v visual tokens of one picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tmc_export.core.facts import ModelFacts
+from tmc_export.graphs._contract import Attention, Layout, MethodConfig, Positions, Stage
+
+__all__ = ["BlockPlan", "CutPlan", "Plan", "QuantizePlan", "StagePlan", "VisionPlan"]
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage of one recipe entry, with its numbers.
+
+    Attributes:
+        entry: index of the entry in the recipe's `compress` list.
+        method: registered name.
+        config: the method's validated options.
+        stage: where, and what it needs.
+        before, after: layouts of one picture (`scope: image`), or of all of them (`joint`).
+        scope: whether a budget is per picture.
+    """
+
+    entry: int
+    method: str
+    config: MethodConfig
+    stage: Stage
+    before: Layout
+    after: Layout
+    scope: Literal["image", "joint"] = "image"
+
+
+@dataclass(frozen=True)
+class VisionPlan:
+    """The vision subgraph of one picture bucket.
+
+    Attributes:
+        index: number of the bucket.
+        size: height and width in pixels that the processor makes.
+        grid: patch rows and columns inside the encoder, after `input` stages.
+        facts: the model's numbers for this bucket and grid.
+        stages: stages at `input`, `encoder…` and `projector`, in the order they run.
+        tokens: visual tokens that leave the graph for one picture.
+        out_grid: their raster, if they still form one.
+    """
+
+    index: int
+    size: tuple[int, int]
+    grid: tuple[int, int]
+    facts: ModelFacts
+    stages: tuple[StagePlan, ...]
+    tokens: int
+    out_grid: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class CutPlan:
+    """The compress subgraph before one block.
+
+    Attributes:
+        before_block: index of the block that gets the result.
+        layer: decoder layers that ran before it.
+        stages: the stages of this cut, in order.
+        tokens_in, tokens_out: S of the block before and of the block after.
+        visual_in, visual_out: candidates and kept tokens over all pictures of the bucket.
+        positions: what happens to the rotary positions.
+    """
+
+    before_block: int
+    layer: int
+    stages: tuple[StagePlan, ...]
+    tokens_in: int
+    tokens_out: int
+    visual_in: int
+    visual_out: int
+    positions: Positions
+
+    def attention(self, layer: Literal["previous", "next"]) -> tuple[Attention, ...]:
+        """Return the attention needs of this cut for the layer before or after it."""
+        needs = [n for s in self.stages for n in s.stage.needs if isinstance(n, Attention) and n.layer == layer]
+        return tuple(dict.fromkeys(needs))
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """A run of decoder layers.
+
+    Attributes:
+        index: number of the block.
+        first, last: layers `[first, last)`.
+        tokens: S_i.
+        visual_tokens: visual tokens of one picture here.
+        capacity: C_i.
+        query_rows: layer → which scaled query rows the block hands out for the cut after it.
+        head: the block ends in the norm and the output head.
+    """
+
+    index: int
+    first: int
+    last: int
+    tokens: int
+    visual_tokens: int
+    capacity: int
+    query_rows: Mapping[int, Literal["last", "all"]] = field(default_factory=dict)
+    head: bool = False
+
+
+@dataclass(frozen=True)
+class QuantizePlan:
+    """Weight scheme of one part: `fp16`, or `int4` in blocks of `block` input channels; `keep` names linears left as they are."""
+
+    weights: Literal["fp16", "int4"]
+    block: int = 128
+    keep: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe resolved against a model.
+
+    Attributes:
+        name: the recipe's name.
+        facts: the model's numbers for the first bucket.
+        dtype: of weights and activations: float32, float16 or bfloat16.
+        batch: b.
+        images: most pictures in a conversation.
+        text_tokens, new_tokens: text tokens of all prompts, and tokens generated, in a conversation.
+        chunk: T of the chunk phase.
+        decode_width: T of the decode phase of TensorRT engines.
+        turns: what a later turn sees of earlier pictures.
+        vision: one entry per picture bucket; empty when `images` is 0.
+        blocks, cuts: the decoder.
+        windows: per decoder layer, its sliding window or None.
+        rope_axes: rotary axes.
+        quantize: scheme per part.
+    """
+
+    name: str
+    facts: ModelFacts
+    dtype: Literal["float32", "float16", "bfloat16"]
+    batch: int
+    images: int
+    text_tokens: int
+    new_tokens: int
+    chunk: int
+    decode_width: int
+    turns: Literal["freeze", "recompute"]
+    vision: tuple[VisionPlan, ...]
+    blocks: tuple[BlockPlan, ...]
+    cuts: tuple[CutPlan, ...]
+    windows: tuple[int | None, ...]
+    rope_axes: int
+    quantize: Mapping[str, QuantizePlan] = field(default_factory=dict)
+
+    def cut_before(self, block: int) -> CutPlan | None:
+        """Return the cut before a block, if there is one."""
+        return next((c for c in self.cuts if c.before_block == block), None)
