@@ -1,0 +1,148 @@
+"""Made-up inputs for any method at any site: what examples and the conformance suite call `apply` with.
+
+Seeded, small, and shaped by the same facts, layouts and needs that the framework uses, so a new method is exercised without a line of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from tmc_export.core.facts import DecoderFacts, EncoderFacts, ModelFacts
+from tmc_export.graphs._contract import (
+    Attention,
+    Context,
+    Features,
+    Keys,
+    Layout,
+    Method,
+    MethodConfig,
+    Need,
+    Segment,
+    Site,
+    Stage,
+    TextEmbeds,
+)
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+__all__ = ["FACTS", "arriving_layout", "context_for", "contexts", "small_facts"]
+
+_TEXT_TOKENS = 9
+_HEADS = 4
+
+
+def small_facts(grid: tuple[int, int] = (8, 8), class_tokens: int = 1, width: int = 96) -> ModelFacts:
+    """Return the facts of a small made-up model: 4 encoder layers, 28 decoder layers, patches of 4 pixels."""
+    return ModelFacts(
+        family="synthetic",
+        architecture="SyntheticForConditionalGeneration",
+        encoder=EncoderFacts(
+            layers=4, width=32, heads=_HEADS, intermediate=64, patch=4, class_tokens=class_tokens, merge=1, grid=grid
+        ),
+        decoder=DecoderFacts(
+            layers=28, width=width, heads=_HEADS, kv_heads=2, head_dim=24, intermediate=128, vocabulary=512, rope_axes=1, tied=True, context=512
+        ),
+        visual_grid=grid,
+        image_token=511,
+    )
+
+
+FACTS = small_facts()
+
+
+def arriving_layout(at: Site, facts: ModelFacts) -> Layout:
+    """Return the layout of one uncompressed picture at `at`."""
+    grid, patch = facts.encoder.grid, facts.encoder.patch
+    if at.part == "input":
+        pixels = (grid[0] * patch, grid[1] * patch)
+        return Layout((Segment("visual", pixels[0] * pixels[1], pixels),), 3)
+    if at.part == "encoder" or at.point == "replace":
+        visual = Segment("visual", grid[0] * grid[1], grid)
+        first = facts.encoder.class_tokens
+        return Layout((Segment("class", first), visual) if first else (visual,), facts.encoder.width)
+    return Layout((Segment("visual", facts.visual_tokens, facts.visual_grid),), facts.decoder.width)
+
+
+def _captured(need: Need, b: int, n: int, layout: Layout, facts: ModelFacts, draw: Generator) -> Tensor:
+    import torch
+
+    if isinstance(need, Attention):
+        rows = {"text": (_TEXT_TOKENS,), "window": (need.window,)}.get(need.rows, ())
+        heads = (_HEADS,) if need.heads == "none" else ()
+        shape = (b, *heads, *(() if need.row_sum else rows), n)
+        logits = torch.randn(shape, generator=draw)
+        return logits if need.logits else logits.softmax(-1) * (_HEADS if need.heads == "sum" else 1)
+    if isinstance(need, Keys):
+        return torch.randn(b, n, _HEADS, 8, generator=draw)
+    if isinstance(need, Features):
+        return torch.randn(b, n, facts.encoder.width, generator=draw)
+    if isinstance(need, TextEmbeds):
+        return torch.randn(b, _TEXT_TOKENS, facts.decoder.width, generator=draw)
+    raise ValueError(f"no made-up input for the need {need!r}; add one to graphs/_synthetic.py")
+
+
+def _context(stage: Stage, b: int, layout: Layout, facts: ModelFacts, draw: Generator, weights: Mapping[str, Tensor]) -> Context:
+    import torch
+
+    n = layout.tokens
+    source = torch.arange(n).expand(b, n).contiguous()
+    positions = None
+    if stage.at.part in ("decoder", "step", "prefill_end"):
+        positions = (source + 5).expand(facts.decoder.rope_axes, b, n).contiguous()
+    text = any(isinstance(need, TextEmbeds) for need in stage.needs)
+    return Context(
+        layout=layout,
+        facts=facts,
+        valid=torch.ones(b, n, dtype=torch.bool),
+        source=source,
+        positions=positions,
+        text=torch.randn(b, _TEXT_TOKENS, facts.decoder.width, generator=draw) if text else None,
+        text_valid=torch.ones(b, _TEXT_TOKENS, dtype=torch.bool) if text else None,
+        captured={need: _captured(need, b, n, layout, facts, draw) for need in stage.needs},
+        weights=weights,
+    )
+
+
+def contexts(
+    method: type[Method], config: MethodConfig, at: str | Site, *, batch: int = 1, seed: int = 0, facts: ModelFacts = FACTS
+) -> Iterator[tuple[Stage, Tensor, Context]]:
+    """Yield `(stage, tokens [b, n, c], context)` for every stage of a recipe entry; later stages get what the earlier ones returned.
+
+    Raises:
+        ValueError: the method refuses the site, the facts or the budget.
+    """
+    import torch
+
+    site = at if isinstance(at, Site) else Site.parse(at)
+    draw = torch.Generator().manual_seed(seed)
+    shapes: Mapping[str, Any] = method.weights(config, facts)
+    weights = {name: torch.randn(shape, generator=draw) * 0.1 for name, shape in shapes.items()}
+    layout = arriving_layout(site, facts)
+    tokens = torch.randn(batch, layout.tokens, layout.width, generator=draw)
+    state: Mapping[str, Tensor] = {}
+    for stage in method.stages(site, config, facts):
+        leaving = method.layout(stage, layout, config, facts)
+        context = replace(_context(stage, batch, layout, facts, draw, weights), state=state)
+        yield stage, tokens, context
+        out = method.apply(stage, tokens, context, config)
+        layout, tokens, state = leaving, out.tokens, out.state
+
+
+def context_for(
+    method: type[Method],
+    config: MethodConfig,
+    at: str | Site,
+    *,
+    index: int = 0,
+    batch: int = 1,
+    seed: int = 0,
+    facts: ModelFacts = FACTS,
+) -> tuple[Stage, Tensor, Context]:
+    """Return `(stage, tokens, context)` of stage number `index` of a recipe entry; see `contexts`."""
+    found = list(contexts(method, config, at, batch=batch, seed=seed, facts=facts))
+    if index >= len(found):
+        raise ValueError(f"{method.name} at {at} has {len(found)} stages, there is no number {index}")
+    return found[index]
