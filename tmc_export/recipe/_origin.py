@@ -1,0 +1,66 @@
+"""Where each value of a file was written, so that an error found much later can still point at it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+__all__ = ["Origin", "Origins", "Path"]
+
+Path = tuple[str | int, ...]
+
+
+@dataclass(frozen=True, order=True)
+class Origin:
+    """A place in a file.
+
+    Attributes:
+        file: the file as the user named it, or the whole `--set key=value` argument.
+        line, column: 1-based; 0 when there is no position, as in a `--set` argument.
+
+    >>> str(Origin("recipes/x.yaml", 14, 5))
+    'recipes/x.yaml:14:5'
+    >>> str(Origin("--set inputs.images=2"))
+    '--set inputs.images=2'
+    """
+
+    file: str
+    line: int = 0
+    column: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column}" if self.line else self.file
+
+
+@dataclass(frozen=True)
+class Origins:
+    """The places of one file, by path into its data.
+
+    Attributes:
+        root: the file itself.
+        values: path → the value (or its key, when the value starts on a later line).
+        keys: path → the key.
+    """
+
+    root: Origin
+    values: Mapping[Path, Origin] = field(default_factory=dict)
+    keys: Mapping[Path, Origin] = field(default_factory=dict)
+
+    def at(self, path: Path) -> Origin:
+        """Return the place of the value at `path`; a value that was not written has the place of what would hold it."""
+        for end in range(len(path), -1, -1):
+            found = self.values.get(path[:end])
+            if found is not None:
+                return found
+        return self.root
+
+    def key(self, path: Path) -> Origin:
+        """Return the place of the key at `path`, or of its value when it has no key of its own (an item of a list)."""
+        return self.keys.get(path) or self.at(path)
+
+    def replaced(self, path: Path, origin: Origin) -> Origins:
+        """Return a copy in which `path` and all below it come from `origin`."""
+        values = {known: place for known, place in self.values.items() if known[: len(path)] != path}
+        keys = {known: place for known, place in self.keys.items() if known[: len(path)] != path}
+        values[path] = keys[path] = origin
+        return Origins(self.root, values, keys)

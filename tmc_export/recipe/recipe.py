@@ -1,0 +1,271 @@
+"""What a recipe may say: the models of schema `recipe: 1`. Validating one needs neither torch nor the methods."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path as FilePath
+from types import MappingProxyType
+from typing import Annotated, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PlainSerializer,
+    PlainValidator,
+    PrivateAttr,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from tmc_export.recipe._origin import Origin, Origins, Path
+from tmc_export.recipe._schemes import PARTS_OF, WeightScheme, check_scheme
+
+__all__ = ["Compress", "Inputs", "ModelSource", "Quantize", "QuantizePart", "Recipe", "Target", "WeightsFile"]
+
+_METHOD = r"^[a-z0-9][a-z0-9_-]*$"
+_SLUG = r"^[a-z0-9][a-z0-9._-]*$"
+Count = Annotated[int, Field(ge=1)]
+Size = tuple[int, int]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+def _check_slug(value: str) -> str:
+    if not re.fullmatch(_SLUG, value):
+        raise PydanticCustomError("slug", "must be lower-case letters, digits, '.', '_' and '-', got '{got}'", {"got": value})
+    return value
+
+
+def _check_method(value: str) -> str:
+    if not re.fullmatch(_METHOD, value):
+        raise PydanticCustomError("method", "must be a registered name such as fastv, never a module path, got '{got}'", {"got": value})
+    return value
+
+
+Slug = Annotated[str, AfterValidator(_check_slug), Field(json_schema_extra={"pattern": _SLUG})]
+MethodName = Annotated[str, AfterValidator(_check_method), Field(json_schema_extra={"pattern": _METHOD})]
+Text = Annotated[str, Field(min_length=1)]
+
+
+def _size(value: object) -> Size | None:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        return None
+    height, width = value
+    if type(height) is not int or type(width) is not int or min(height, width) < 1:
+        return None
+    return height, width
+
+
+def _read_image_size(value: object) -> Size | tuple[Size, ...] | None:
+    """Turn YAML lists into tuples; one message for both forms instead of one per form."""
+    one = _size(value)
+    if value is None or one is not None:
+        return one
+    several = tuple(_size(size) for size in value) if isinstance(value, (list, tuple)) else ()
+    sizes = tuple(size for size in several if size is not None)
+    if sizes and len(sizes) == len(several):
+        return sizes
+    got = json.dumps(value, default=str)[:60]
+    raise PydanticCustomError("image_size", "must be [height, width] in pixels, or a list of such buckets, got {got}", {"got": got})
+
+
+def _same(value: object) -> object:
+    return value
+
+
+_SIDE: dict[str, JsonValue] = {"type": "integer", "minimum": 1}
+_SIZE_SCHEMA: dict[str, JsonValue] = {"type": "array", "items": dict(_SIDE), "minItems": 2, "maxItems": 2}
+ImageSize = Annotated[
+    Size | tuple[Size, ...] | None,
+    PlainValidator(_read_image_size),
+    PlainSerializer(_same),
+    WithJsonSchema({"anyOf": [_SIZE_SCHEMA, {"type": "array", "items": _SIZE_SCHEMA, "minItems": 1}, {"type": "null"}]}),
+]
+
+
+def _check_option(value: JsonValue) -> JsonValue:
+    if isinstance(value, dict):
+        raise PydanticCustomError("option", "a method's option is a value or a list, got a mapping; write its keys beside 'method'")
+    return value
+
+
+class ModelSource(_Strict):
+    """The checkpoint: a folder (relative to the recipe file) or a hub id, and the precision of the base graphs."""
+
+    source: Text = Field(description="a hub id such as llava-hf/llava-1.5-7b-hf, or a folder relative to the recipe file")
+    revision: Text | None = Field(default=None, description="branch, tag or commit of a hub id")
+    dtype: Literal["float32", "float16", "bfloat16"] = Field(default="float16", description="precision of weights that are not quantized")
+
+
+class Inputs(_Strict):
+    """The input budget of one conversation; every static shape follows from it.
+
+    Attributes:
+        images: pictures at most.
+        image_size: `[height, width]` in pixels or a list of such buckets; the model's own size when absent.
+        fit: how a picture of another shape gets into the bucket; the family's own rule when absent.
+        text_tokens: text tokens of all prompts together.
+        new_tokens: generated tokens, all turns together.
+        chunk: tokens a pass for later turns and chunked prefill.
+        batch: conversations at once.
+        turns: whether a later turn sees what the first one selected, or all is computed again.
+    """
+
+    images: int = Field(default=1, ge=0, description="pictures in one conversation, at most")
+    image_size: ImageSize = Field(default=None, description="[height, width] in pixels, or a list of such buckets")
+    fit: Literal["crop", "resize", "letterbox"] | None = Field(default=None, description="how a picture gets into its bucket")
+    text_tokens: Count = Field(description="text tokens of all prompts in a conversation")
+    new_tokens: Count = Field(description="generated tokens in a conversation")
+    chunk: Count = Field(default=64, description="tokens a pass for later turns and chunked prefill")
+    batch: Count = Field(default=1, description="conversations at once")
+    turns: Literal["freeze", "recompute"] = Field(default="freeze", description="what later turns do about earlier selections")
+
+    @property
+    def buckets(self) -> tuple[Size, ...]:
+        """The picture sizes `(height, width)`, in the recipe's order; empty when the model's own size is meant."""
+        one = _size(self.image_size)
+        return (one,) if one is not None else tuple(size for size in self.image_size or () if isinstance(size, tuple))
+
+
+class WeightsFile(_Strict):
+    """Learned weights of a method: a safetensors file relative to the recipe, and the prefix of their names in it."""
+
+    file: Text = Field(description="a safetensors file, relative to the recipe file")
+    prefix: str = Field(default="", description="prefix of the names in the file")
+
+
+class Compress(_Strict):
+    """One entry of the compression plan; every other key is an option of the method and is checked by the method."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Annotated[JsonValue, AfterValidator(_check_option)]]
+
+    at: Text = Field(description="the site, such as projector or decoder.2")
+    method: MethodName = Field(description="the name of a method, see: tmc-export methods")
+    scope: Literal["image", "joint"] = Field(default="image", description="whether a budget is per picture or for all together")
+    weights: WeightsFile | None = Field(default=None, description="where a learned method's weights are")
+
+    @property
+    def options(self) -> Mapping[str, JsonValue]:
+        """The method's options as written: text, numbers, truth values, null, or lists of them."""
+        return MappingProxyType(self.__pydantic_extra__)
+
+
+class QuantizePart(_Strict):
+    """How the weights of one part are stored.
+
+    Attributes:
+        weights: the scheme.
+        block: consecutive weights that share a scale; for int4.
+        keep: names (or parts of names) of linear layers that stay in the base precision.
+    """
+
+    weights: Annotated[WeightScheme, BeforeValidator(check_scheme)] = Field(description="the weight scheme")
+    block: Literal[32, 64, 128] | None = Field(default=None, description="weights that share a scale, for int4")
+    keep: tuple[Text, ...] = Field(default=(), description="layers that stay in the base precision")
+
+    @model_validator(mode="after")
+    def _block_belongs_to_int4(self) -> QuantizePart:
+        if self.weights == "int4" and self.block is None:
+            raise PydanticCustomError("block", "weights: int4 needs a block; add block: 32, 64 or 128")
+        if self.weights != "int4" and self.block is not None:
+            raise PydanticCustomError("block", "weights: {weights} takes no block; remove it", {"weights": self.weights})
+        return self
+
+
+def _check_part(name: str) -> AfterValidator:
+    def check(part: QuantizePart | None) -> QuantizePart | None:
+        if part is not None and name not in PARTS_OF[part.weights]:
+            context = {"weights": part.weights, "name": name, "parts": ", ".join(PARTS_OF[part.weights])}
+            raise PydanticCustomError("part", "weights: {weights} is built for {parts} only, not for {name}; use fp16 here", context)
+        return part
+
+    return AfterValidator(check)
+
+
+class Quantize(_Strict):
+    """The quantization of each part; a part that is not named keeps the model's dtype."""
+
+    encoder: Annotated[QuantizePart | None, _check_part("encoder")] = None
+    projector: Annotated[QuantizePart | None, _check_part("projector")] = None
+    decoder: Annotated[QuantizePart | None, _check_part("decoder")] = None
+    head: Annotated[QuantizePart | None, _check_part("head")] = None
+    kv: Annotated[QuantizePart | None, _check_part("kv")] = None
+
+
+def _check_capability(value: str) -> str:
+    major, dot, minor = value.partition(".")
+    if not (dot and major.isdigit() and len(minor) == 1 and minor.isdigit()):
+        raise PydanticCustomError("capability", "must be text such as '8.9', got '{got}'", {"got": value})
+    return value
+
+
+class Target(_Strict):
+    """Where the bundle runs.
+
+    Attributes:
+        device: a shipped device or a device file relative to the recipe.
+        runtime: what executes the graphs there.
+        decode_width: tokens the decode subgraph takes at once; a width of 2 stores TensorRT-RTX weights once.
+        memory_tight: one session for all phases instead of one each.
+        compute_capabilities: what a TensorRT-RTX engine is built for, such as `"8.9"`; the device's own when absent.
+    """
+
+    device: Text = Field(default="cpu", description="a shipped device, see: tmc-export devices; or a device file")
+    runtime: Literal["onnxruntime", "tensorrt", "tensorrt-rtx"] = Field(default="onnxruntime", description="what executes the graphs")
+    decode_width: Count = Field(default=1, description="tokens the decode subgraph takes at once")
+    memory_tight: bool = Field(default=False, description="spend speed to keep one copy of the weights")
+    compute_capabilities: tuple[Annotated[str, AfterValidator(_check_capability)], ...] | None = Field(
+        default=None, description="compute capabilities of a TensorRT-RTX engine, such as '8.9'"
+    )
+
+
+class Recipe(_Strict):
+    """A recipe as it was written, defaults filled in; made by `load_recipe`."""
+
+    recipe: Literal[1] = Field(description="the schema version")
+    name: Slug = Field(description="the recipe's name")
+    model: ModelSource = Field(description="the checkpoint")
+    inputs: Inputs = Field(description="the input budget")
+    compress: tuple[Compress, ...] = Field(default=(), description="the compression plan, in order")
+    quantize: Quantize = Field(default_factory=Quantize, description="how weights are stored")
+    target: Target = Field(default_factory=Target, description="where the bundle runs")
+
+    _origins: Origins = PrivateAttr(default_factory=lambda: Origins(Origin("<recipe>")))
+    _path: FilePath | None = PrivateAttr(default=None)
+
+    def origin(self, path: Path = ()) -> Origin:
+        """Return where the value at `path` was written, e.g. `("compress", 0, "keep")`; a default has its holder's place."""
+        return self._origins.at(path)
+
+    @property
+    def path(self) -> FilePath | None:
+        """The recipe file, links resolved; None for a recipe that was made in Python."""
+        return self._path
+
+    @property
+    def folder(self) -> FilePath:
+        """What relative paths of the recipe start from: the folder of its file, or the working directory."""
+        return FilePath.cwd() if self._path is None else self._path.parent
+
+    def model_folder(self) -> FilePath | None:
+        """Return the folder `model.source` names (it need not exist), or None when it is a hub id.
+
+        A source is a folder when it starts with `.`, `/` or `~`, or when such a folder lies beside the recipe.
+        """
+        source = self.model.source
+        folder = (self.folder / FilePath(source).expanduser()).resolve()
+        return folder if source.startswith((".", "/", "~")) or folder.is_dir() else None
+
+    def canonical_json(self) -> str:
+        """Return the recipe with its defaults as one line of JSON with sorted keys: equal recipes, equal text. For hashing."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
