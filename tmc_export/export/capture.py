@@ -1,0 +1,169 @@
+"""Tracing a module with fake weights into an `onnx_ir.Model` whose initializers read the checkpoint when they are asked for.
+
+Before: `DecoderBlock` with parameters on the meta device. After: a graph symbolic in the named dimensions, every initializer a
+`CheckpointTensor`. No weight is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from tmc_export.core.errors import ExportError
+from tmc_export.export.checkpoint import Checkpoint
+from tmc_export.export.tensors import CheckpointTensor
+
+__all__ = ["OPSET", "capture"]
+
+OPSET = 21
+"""INT4 `DequantizeLinear` with blocks needs 21; onnxruntime 1.23 reads it."""
+
+
+@contextlib.contextmanager
+def _fake_parameters(module: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
+    """Swap the meta parameters of a module for fake CPU ones while it is traced."""
+    kept: list[tuple[nn.Module, str, nn.Parameter]] = []
+    fakes: dict[int, nn.Parameter] = {}
+    with mode, torch.no_grad():
+        for child in module.modules():
+            for name, parameter in child._parameters.items():
+                if parameter is not None:
+                    kept.append((child, name, parameter))
+                    if id(parameter) not in fakes:
+                        fakes[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=False)
+    for child, name, parameter in kept:
+        child._parameters[name] = fakes[id(parameter)]
+    try:
+        yield
+    finally:
+        for child, name, parameter in kept:
+            child._parameters[name] = parameter
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's own chatter; its errors still raise."""
+    noisy = logging.getLogger("torch.onnx")
+    level = noisy.level
+    noisy.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        noisy.setLevel(level)
+
+
+def capture(
+    module: nn.Module,
+    inputs: Sequence[Tensor],
+    *,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    symbols: Sequence[Mapping[int, str] | None],
+    model: nn.Module,
+    checkpoint: Checkpoint,
+) -> ir.Model:
+    """Trace a module.
+
+    Args:
+        module: its forward takes `inputs` in order; parameters belong to `model` and lie on the meta device.
+        inputs: small real examples; only shapes and dtypes count.
+        input_names, output_names: names in the graph.
+        symbols: per input, axis → name of its symbolic dimension.
+        model: the whole model, whose state-dict names the initializers are bound to.
+        checkpoint: where they are read.
+
+    Returns:
+        A model of opset `OPSET`, with symbolic dimensions named as in `symbols`, and no metadata of the tracer.
+
+    Raises:
+        ExportError: the module cannot be traced.
+    """
+    names = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
+    local = {name: (names[id(p)], p.dtype) for name, p in module.named_parameters(remove_duplicate=False)}
+    dims = {s: torch.export.Dim(s, min=1, max=1 << 17) for axes in symbols if axes for s in axes.values()}
+    specs = [None if not axes else {axis: dims[s] for axis, s in axes.items()} for axes in symbols]
+    mode = FakeTensorMode(shape_env=ShapeEnv(tracked_fakes=[], trace_asserts=True), allow_non_fake_inputs=True, export=True)
+    try:
+        with _quiet(), _fake_parameters(module, mode), torch.no_grad():
+            with tracing(TracingContext(mode)):
+                program = torch.export.export(module, tuple(inputs), dynamic_shapes=_nested(module, specs) if dims else None, strict=False)
+            exported = torch.onnx.export(
+                program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False, input_names=list(input_names), output_names=list(output_names)
+            )
+    except Exception as error:
+        if isinstance(error, ExportError):
+            raise
+        raise ExportError(f"{type(module).__name__} could not be traced: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+    if exported is None:
+        raise ExportError(f"{type(module).__name__}: the exporter returned no program")
+    graph_model = exported.model
+    _bind(graph_model, local, checkpoint)
+    _rename_symbols(graph_model, symbols)
+    _strip(graph_model)
+    return graph_model
+
+
+def _nested(module: nn.Module, specs: list[Any]) -> tuple[Any, ...]:
+    """Nest the specifications as `forward` nests its arguments: a trailing `*rest` takes a tuple."""
+    import inspect
+
+    parameters = list(inspect.signature(module.forward).parameters.values())
+    if parameters and parameters[-1].kind is inspect.Parameter.VAR_POSITIONAL:
+        fixed = len(parameters) - 1
+        return (*specs[:fixed], tuple(specs[fixed:]))
+    return tuple(specs)
+
+
+def _bind(model: ir.Model, local: Mapping[str, tuple[str, torch.dtype]], checkpoint: Checkpoint) -> None:
+    """Give every initializer that is a fake tensor its place in the checkpoint, and drop what no node reads."""
+    for name, value in list(model.graph.initializers.items()):
+        raw = getattr(value.const_value, "raw", None)
+        if not value.uses() and not value.is_graph_output():
+            del model.graph.initializers[name]
+        elif isinstance(raw, FakeTensor):
+            if name not in local:
+                raise ExportError(f"initializer '{name}' of the traced graph is no parameter of the module")
+            key, dtype = local[name]
+            value.const_value = CheckpointTensor(checkpoint, key, dtype, checkpoint.shapes[key], name=name)
+
+
+def _rename_symbols(model: ir.Model, symbols: Sequence[Mapping[int, str] | None]) -> None:
+    """Name the tracer's symbols (`s81`) as the caller does (`T`), wherever a shape mentions them."""
+    renamed: dict[str, str] = {}
+    for value, axes in zip(model.graph.inputs, symbols, strict=True):
+        for axis, symbol in (axes or {}).items():
+            dimension = value.shape[axis] if value.shape is not None else None
+            if isinstance(dimension, ir.SymbolicDim) and dimension.value is not None:
+                renamed[dimension.value] = symbol
+    for value in [*model.graph.inputs, *model.graph.outputs, *(v for node in model.graph for v in node.outputs)]:
+        if value.shape is not None and not value.shape.is_static():
+            dims = [renamed.get(d.value or "", None) if isinstance(d, ir.SymbolicDim) else d for d in value.shape]
+            value.shape = ir.Shape(dims)
+
+
+def _strip(model: ir.Model) -> None:
+    """Drop stack traces and tool names, so that the same input gives the same bytes."""
+    model.producer_name, model.producer_version, model.doc_string = "tmc-export", None, None
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.graph.doc_string = None
+    for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()

@@ -1,0 +1,180 @@
+"""A checkpoint's weights by state-dict name: found across shards, renamed as transformers renames, read one tensor at a time.
+
+Renaming rules and converters come from transformers itself (`get_model_conversion_mapping`), so that old hub layouts load as
+`from_pretrained` loads them. Only safetensors files are read: never pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tmc_export.core.errors import ModelError
+
+__all__ = ["Checkpoint", "open_checkpoint"]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where one tensor of the model comes from: file and key, per part when a converter joins several."""
+
+    parts: tuple[tuple[Path, str], ...]
+    converter: Any = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weights of a model folder.
+
+    Attributes:
+        folder: the model folder.
+        sources: state-dict name → where it is.
+        shapes: state-dict name → shape the model expects.
+    """
+
+    folder: Path
+    sources: Mapping[str, _Source]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def identity(self, name: str) -> str:
+        """Say which bytes a tensor has: tied names have one identity."""
+        return "+".join(key for _, key in self.sources[name].parts)
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Read one tensor.
+
+        Args:
+            name: state-dict name in the model.
+            dtype: what to return; a value that float16 cannot hold is an error, not an infinity.
+
+        Raises:
+            ModelError: the file is damaged, the shape differs, or a value overflows `dtype`.
+        """
+        source = self.sources[name]
+        parts = [_read_raw(path, key) for path, key in source.parts]
+        tensor = parts[0] if source.converter is None else _convert(source, parts, name)
+        if tuple(tensor.shape) != self.shapes[name]:
+            raise ModelError(
+                f"{source.parts[0][0]}: tensor '{source.parts[0][1]}' has shape {list(tensor.shape)}, the model expects {list(self.shapes[name])}; "
+                "config.json and weights do not belong together"
+            )
+        if dtype == torch.float16 and tensor.dtype != torch.float16:
+            peak = float(tensor.abs().max()) if tensor.numel() else 0.0
+            if not peak <= torch.finfo(torch.float16).max:
+                raise ModelError(f"tensor '{name}' holds {peak:g}, above float16's 65504; build with model.dtype: float32 or bfloat16")
+        return tensor.to(dtype)
+
+
+def _read_raw(path: Path, key: str) -> Tensor:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(key)
+            return tensor
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"cannot read tensor '{key}' of {path}: {error}; the file is damaged or incomplete: fetch it again") from error
+
+
+def _convert(source: _Source, parts: list[Tensor], name: str) -> Tensor:
+    converter = source.converter
+    collected: Any = {pattern: parts if len(parts) > 1 else parts[0] for pattern in converter.source_patterns[:1]}
+    for operation in converter.operations:
+        collected = operation.convert(collected, source_patterns=converter.source_patterns, target_patterns=converter.target_patterns)
+    values = list(collected.values())
+    if len(values) != 1:
+        raise ModelError(f"the checkpoint's tensors for '{name}' are stored in a form that is not served ({type(converter).__name__})")
+    result: Tensor = values[0][0] if isinstance(values[0], list) else values[0]
+    return result
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Checkpoint key → file, from the shard index or the single file; every shard named must exist."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            listed: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"{index} is not a shard index: {error}; fetch the model again") from error
+        missing = sorted({name for name in listed.values() if not (folder / Path(name).name).is_file()})
+        if missing:
+            raise ModelError(f"{folder}: {len(missing)} of {len(set(listed.values()))} weight shards are missing: {', '.join(missing)}; fetch them")
+        return {key: folder / Path(name).name for key, name in listed.items()}
+    single = folder / "model.safetensors"
+    if not single.is_file():
+        other = sorted(p.name for p in folder.glob("*.bin")) or sorted(p.name for p in folder.glob("*.pt*"))
+        hint = f"; it has {other[0]}, a pickle file, which is never loaded: convert it to safetensors" if other else ""
+        raise ModelError(f"{folder} holds no model.safetensors{hint}")
+    return dict.fromkeys(_keys(single), single)
+
+
+def _keys(path: Path) -> list[str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"cannot open {path}: {error}; the file is damaged or incomplete: fetch it again") from error
+
+
+def open_checkpoint(folder: Path, model: nn.Module) -> Checkpoint:
+    """Match a folder's tensors with a model's state dict; nothing is loaded yet.
+
+    Args:
+        folder: a model folder with safetensors files.
+        model: the model, weights on the meta device.
+
+    Raises:
+        ModelError: no weights, missing shards, or weights the model needs that no file has.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    whole: Any = model
+    transforms = get_model_conversion_mapping(whole)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    state = dict(model.state_dict())
+    parts: dict[str, list[tuple[Path, str]]] = {}
+    chosen: dict[str, Any] = {}
+    for key, path in sorted(_files(folder).items(), key=lambda item: _natural(item[0])):
+        name, pattern = rename_source_key(key, renamings, converters, whole.base_model_prefix, state)
+        parts.setdefault(name, []).append((path, key))
+        if pattern is not None:
+            chosen[name] = by_pattern[pattern]
+    sources = {name: _Source(tuple(p), chosen.get(name)) for name, p in parts.items() if name in state}
+    for name, twin in _ties(whole).items():
+        if name not in sources and twin in sources:
+            sources[name] = sources[twin]
+        elif twin not in sources and name in sources:
+            sources[twin] = sources[name]
+    lost = sorted(set(state) - set(sources))
+    if lost:
+        raise ModelError(
+            f"{folder} lacks {len(lost)} tensors that {type(model).__name__} needs, the first is '{lost[0]}'; the weights are incomplete or of another model"
+        )
+    return Checkpoint(folder, sources, {name: tuple(t.shape) for name, t in state.items()})
+
+
+def _ties(model: Any) -> dict[str, str]:
+    """Tied name → the name it shares its tensor with; the output head also counts as tied where a checkpoint leaves it out."""
+    by_object: dict[int, str] = {}
+    ties: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = by_object.setdefault(id(parameter), name)
+        if first != name:
+            ties[name] = first
+    return ties
+
+
+def _natural(key: str) -> tuple[object, ...]:
+    return tuple(int(p) if p.isdigit() else p for p in re.split(r"(\d+)", key))

@@ -1,0 +1,1 @@
+"""ONNX → ONNX, one pass per file; the order is in `pipeline.py` only."""

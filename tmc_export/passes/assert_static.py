@@ -1,0 +1,49 @@
+"""The promise of every subgraph under `onnx/`: each shape is a number, each operator is standard ONNX and one that TensorRT takes."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import onnx_ir.passes
+
+from tmc_export.core.errors import ExportError
+
+__all__ = ["REFUSED_OPERATORS", "AssertStaticPass"]
+
+REFUSED_OPERATORS = frozenset({"NonZero", "Unique", "Compress", "NonMaxSuppression", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "BitwiseNot", "Range"})
+"""Operators with data-dependent shapes, or that TensorRT-RTX 1.7 refuses to parse; `Range` is folded to a constant when its ends are static."""
+
+TOP_K_LIMIT = 3840
+"""Largest k that TensorRT-RTX 1.7 builds."""
+
+
+class AssertStaticPass(ir.passes.InPlacePass):
+    """Check; nothing is changed.
+
+    Args:
+        name: of the subgraph, for the message.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Return the model unchanged.
+
+        Raises:
+            ExportError: a shape is not a number, or an operator is not allowed.
+        """
+        for value in [*model.graph.inputs, *model.graph.outputs]:
+            self._check(value, "graph input or output")
+        for node in model.graph.all_nodes():
+            if node.domain not in ("", "ai.onnx"):
+                raise ExportError(f"{self.name}: operator {node.domain}::{node.op_type} is not standard ONNX (node '{node.name}')")
+            if node.op_type in REFUSED_OPERATORS or (node.op_type.startswith("Scatter") and node.attributes.get_string("reduction", "none") != "none"):
+                raise ExportError(f"{self.name}: operator {node.op_type} (node '{node.name}') has no static form in TensorRT; write the method without it")
+            for value in node.outputs:
+                self._check(value, f"output of {node.op_type}")
+        return ir.passes.PassResult(model, False)
+
+    def _check(self, value: ir.Value, what: str) -> None:
+        if value.shape is None or not value.shape.is_static():
+            raise ExportError(f"{self.name}: {what} '{value.name}' has the shape {value.shape}, not numbers; every shape must be static")

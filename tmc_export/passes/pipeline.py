@@ -1,0 +1,53 @@
+"""The order of the passes, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+import onnx_ir.passes
+import onnx_ir.passes.common as common
+from onnxscript import optimizer
+
+from tmc_export.passes.assert_static import AssertStaticPass
+from tmc_export.passes.drop_empty_inputs import DropEmptyInputsPass
+from tmc_export.passes.fold_weight_transposes import FoldWeightTransposesPass
+from tmc_export.passes.specialize_sizes import SpecializeSizesPass
+
+__all__ = ["clean", "specialize"]
+
+_FOLD_INPUT, _FOLD_OUTPUT = 1 << 16, 1 << 22
+"""Constants up to these sizes (elements) are folded; weights are larger and stay lazy."""
+
+
+def clean(model: ir.Model) -> ir.Model:
+    """Passes that a traced graph gets once, still symbolic: identities, common terms, weights as MatMul reads them."""
+    optimizer.optimize_ir(model, input_size_limit=_FOLD_INPUT, output_size_limit=_FOLD_OUTPUT, onnx_shape_inference=False)
+    passes = ir.passes.Sequential(
+        FoldWeightTransposesPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.IdentityEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+    )
+    return passes(model).model
+
+
+def specialize(model: ir.Model, sizes: Mapping[str, int], name: str) -> ir.Model:
+    """Return a static copy of a symbolic graph.
+
+    Args:
+        model: cleaned; left as it is (weights are shared, not copied).
+        sizes: symbol → number.
+        name: of the result, for messages.
+
+    Raises:
+        ExportError: a shape stays open or an operator is not allowed.
+    """
+    static = model.clone()
+    static.graph.name = name
+    ir.passes.Sequential(SpecializeSizesPass(sizes), DropEmptyInputsPass())(static)
+    optimizer.optimize_ir(static, num_iterations=3, input_size_limit=_FOLD_INPUT, output_size_limit=_FOLD_OUTPUT)
+    finish = ir.passes.Sequential(
+        common.CommonSubexpressionEliminationPass(), common.RemoveUnusedNodesPass(), common.ShapeInferencePass(), common.NameFixPass(), AssertStaticPass(name)
+    )
+    return finish(static).model

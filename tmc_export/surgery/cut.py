@@ -1,0 +1,226 @@
+"""The compress subgraph between two blocks: scores on the side, the method, and the sequence put together again.
+
+Inputs, in order: `hidden [b, S, c]`, `positions [r, b, S]`, `order [b, S]`, `valid [b, S]`, `group [b, S]` (0 text, else picture 1…m),
+`candidates [b, m·v]` (places of the visual tokens in S), `candidate_valid [b, m·v]`, `last [b]`; for attention of the layer before:
+`slots [b, S]` (KV slot of each token), `slot_order`, `slot_valid` `[b, C]`, `query.<l>` and `key.<l>` `[b, g, C, d]`; for attention of the layer
+after: `next_order`, `next_valid` `[b, C']` and `key.<l>` `[b, g, C', d]` (what earlier turns left in the next block).
+Outputs: `hidden_out [b, S', c]`, `source [b, S']` (place in S), `valid_out [b, S']`, then per stage `kept.<n>` `[b, m·k]` (place among the
+arriving candidates, ascending) and `kv.<l>` `[b, S]` where the method prunes KV of an earlier layer.
+The KV of the whole turn is in the slots when this graph runs, so that the scores do not depend on bucket, chunking or context.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from tmc_export.core.errors import ExportError
+from tmc_export.core.facts import ModelFacts
+from tmc_export.graphs._contract import Attention, Compressed, Context, Need, TextEmbeds
+from tmc_export.plan.types import CutPlan, StagePlan
+from tmc_export.surgery.attention import AttentionState, additive_mask, expand_heads, recording
+from tmc_export.surgery.stages import attention_scores, captured_or_raise, gather_rows, run_stage
+
+if TYPE_CHECKING:
+    from tmc_export.families._contract import DecoderParts
+
+__all__ = ["Cut"]
+
+
+class Cut(nn.Module):
+    """All stages between two blocks.
+
+    Args:
+        parts: the family's decoder.
+        plan: the cut.
+        images: pictures in the bucket.
+        facts: the model's numbers.
+        windows: per decoder layer, its sliding window or None.
+    """
+
+    def __init__(self, parts: DecoderParts, plan: CutPlan, images: int, facts: ModelFacts, windows: tuple[int | None, ...]) -> None:
+        super().__init__()
+        self._parts, self.plan, self.images, self.facts, self.windows = parts, plan, images, facts, windows
+        self.previous, self.next = plan.attention("previous"), plan.attention("next")
+        self.scored_layer = parts.layers[plan.layer] if self.next else None
+
+    def input_names(self) -> list[str]:
+        """Names of the inputs, in the order of `forward`."""
+        names = ["hidden", "positions", "order", "valid", "group", "candidates", "candidate_valid", "last"]
+        if self.previous:
+            layer = self.plan.layer - 1
+            names += ["slots", "slot_order", "slot_valid", f"query.{layer}", f"key.{layer}"]
+        if self.next:
+            names += ["next_order", "next_valid", f"next_key.{self.plan.layer}"]
+        return names
+
+    def output_names(self) -> list[str]:
+        """Names of the outputs, in the order of `forward`."""
+        names = ["hidden_out", "source", "valid_out", *(f"kept.{n}" for n in range(len(self.plan.stages)))]
+        return names + [f"kv.{layer}" for layer in sorted({i for s in self.plan.stages for i in s.after.kv_rows})]
+
+    def forward(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        order: Tensor,
+        valid: Tensor,
+        group: Tensor,
+        candidates: Tensor,
+        candidate_valid: Tensor,
+        last: Tensor,
+        *side: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Compress one turn's visual tokens; shapes as in the module's description."""
+        place, alive = candidates, candidate_valid
+        scores = self._previous_scores(order, valid, last, side)
+        scores |= self._next_scores(hidden, positions, order, valid, last, side)
+        tokens = gather_rows(hidden, place)
+        states: dict[int, dict[str, Tensor]] = {}
+        kept: list[Tensor] = []
+        kv: dict[int, Tensor] = {}
+        index = torch.arange(place.shape[1]).expand(place.shape)
+        for stage in self.plan.stages:
+            columns = {n: s.gather(-1, _like(place, s)) for n, s in scores.items()}
+            result = self._run(stage, tokens, place, alive, positions, columns, hidden, group, valid, states)
+            for layer, rows in result.kv.items():
+                kv[layer] = _members(place.gather(1, self._unfold_index(stage, rows, place)), torch.ones_like(rows, dtype=torch.bool), hidden.shape[1])
+            picked = self._unfold_index(stage, result.source, place)
+            tokens, alive = self._unfold(stage, result.tokens), self._unfold(stage, result.valid)
+            place, index = place.gather(1, picked), index.gather(1, picked)
+            kept.append(torch.where(alive, index, -1))
+        merged, source, alive_out = self._assemble(hidden, valid & (group == 0), tokens, place, alive)
+        text = valid & (group == 0)
+        return (merged, source, alive_out, *kept, *[kv[layer] | text for layer in sorted(kv)])
+
+    # ------------------------------------------------------------------------------------------------- one stage
+    def _run(
+        self,
+        stage: StagePlan,
+        tokens: Tensor,
+        place: Tensor,
+        alive: Tensor,
+        positions: Tensor,
+        columns: dict[Need, Tensor],
+        hidden: Tensor,
+        group: Tensor,
+        valid: Tensor,
+        states: dict[int, dict[str, Tensor]],
+    ) -> Compressed:
+        fold = self.images if stage.scope == "image" else 1
+        batch, count = place.shape
+        axes = positions.shape[0]
+        at_place = positions.gather(2, place[None].expand(axes, -1, -1)).reshape(axes, batch * fold, count // fold)
+        captured = {n: _fold_columns(c, fold) for n, c in columns.items()}
+        wants_text = any(isinstance(n, TextEmbeds) for n in stage.stage.needs)
+        context = Context(
+            layout=stage.before,
+            facts=self.facts,
+            valid=alive.reshape(batch * fold, -1),
+            source=torch.arange(count // fold).expand(batch * fold, count // fold),
+            positions=at_place,
+            text=hidden.repeat_interleave(fold, 0) if wants_text else None,
+            text_valid=(valid & (group == 0)).repeat_interleave(fold, 0) if wants_text else None,
+            captured=captured_or_raise(captured, tuple(n for n in stage.stage.needs if isinstance(n, Attention)), str(stage.stage.at)),
+            state=states.get(stage.entry, {}),
+        )
+        result = run_stage(stage, tokens.reshape(batch * fold, count // fold, -1), context)
+        states[stage.entry] = dict(result.state)
+        return result
+
+    def _unfold(self, stage: StagePlan, tensor: Tensor) -> Tensor:
+        fold = self.images if stage.scope == "image" else 1
+        return tensor.reshape(tensor.shape[0] // fold, fold * tensor.shape[1], *tensor.shape[2:])
+
+    def _unfold_index(self, stage: StagePlan, index: Tensor, place: Tensor) -> Tensor:
+        """Per-picture candidate indices → indices into all candidates `[b, m·k]`."""
+        fold = self.images if stage.scope == "image" else 1
+        batch, count = index.shape
+        offset = torch.arange(fold) * (place.shape[1] // fold)
+        return (index.clamp(min=0).reshape(batch // fold, fold, count) + offset[None, :, None]).reshape(batch // fold, fold * count)
+
+    # --------------------------------------------------------------------------------------------------- scores
+    def _previous_scores(self, order: Tensor, valid: Tensor, last: Tensor, side: tuple[Tensor, ...]) -> dict[Need, Tensor]:
+        """Attention of the layer before, over all its slots, its columns brought from slots to the turn's tokens."""
+        if not self.previous:
+            return {}
+        slots, slot_order, slot_valid, query, key = side[:5]
+        keys = expand_heads(key, self.facts.decoder.heads)
+        window = self.windows[self.plan.layer - 1]
+        found: dict[Need, Tensor] = {}
+        for need in self.previous:
+            rows, row_order, row_valid = self._rows(need, query, order, valid, last)
+            mask = additive_mask(row_order, slot_order, slot_valid, window, torch.float32)
+            over_slots = attention_scores(rows, keys, mask, need, row_valid)
+            found[need] = over_slots.gather(-1, _like(slots, over_slots))
+        return found
+
+    def _next_scores(
+        self, hidden: Tensor, positions: Tensor, order: Tensor, valid: Tensor, last: Tensor, side: tuple[Tensor, ...]
+    ) -> dict[Need, Tensor]:
+        """Attention of the layer after, its query and keys computed from the tokens at the cut."""
+        if not self.next:
+            return {}
+        past_order, past_valid, past_key = side[-3:]
+        layer = self.plan.layer
+        empty = past_key[:, :, :0]
+        count = hidden.shape[1]
+        no_mask = torch.zeros(hidden.shape[0], 1, count, count, dtype=hidden.dtype)
+        state = AttentionState(past={layer: (empty, empty)}, masks={layer: no_mask}, wanted={layer: "all"})
+        with recording(state):
+            self._parts.attention_only(layer, hidden, self._parts.rotary(hidden, positions))
+        keys = expand_heads(torch.cat([past_key, state.keys[layer]], 2), self.facts.decoder.heads)
+        key_order, key_valid = torch.cat([past_order, order], 1), torch.cat([past_valid, valid], 1)
+        found: dict[Need, Tensor] = {}
+        for need in self.next:
+            rows, row_order, row_valid = self._rows(need, state.queries[layer], order, valid, last)
+            mask = additive_mask(row_order, key_order, key_valid, self.windows[layer], torch.float32)
+            found[need] = attention_scores(rows, keys, mask, need, row_valid)[..., past_key.shape[2] :]
+        return found
+
+    def _rows(self, need: Attention, query: Tensor, order: Tensor, valid: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pick the query rows of a need: `[b, h, R, d]`, their order `[b, R]` and validity."""
+        if need.rows == "last":
+            if query.shape[2] > 1:
+                query = query.gather(2, last[:, None, None, None].expand(-1, query.shape[1], 1, query.shape[3]))
+            return query, order.gather(1, last[:, None]), torch.ones_like(last[:, None], dtype=torch.bool)
+        if need.rows == "all":
+            return query, order, valid
+        raise ExportError(f"attention rows '{need.rows}' are not captured at a decoder cut; 'last' and 'all' are")
+
+    # ------------------------------------------------------------------------------------------------- assembly
+    def _assemble(self, hidden: Tensor, text: Tensor, tokens: Tensor, place: Tensor, alive: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Put text and kept tokens back in order: kept places are counted, so no sort and no data-dependent shape."""
+        count = hidden.shape[1]
+        visual = _members(place, alive, count)
+        rank = (text | visual).long().cumsum(1)
+        target = torch.arange(self.plan.tokens_out)
+        source = (rank[:, None, :] <= target[None, :, None]).long().sum(-1).clamp(max=count - 1)
+        valid = target[None] < rank[:, -1:]
+        same = (place[:, None, :] == source[:, :, None]) & alive[:, None, :]
+        row = (same.long() * torch.arange(place.shape[1])).sum(-1)
+        index = torch.where(same.any(-1), count + row, source)
+        merged = gather_rows(torch.cat([hidden, tokens.to(hidden.dtype)], 1), index)
+        return torch.where(valid[:, :, None], merged, 0.0).to(hidden.dtype), source, valid
+
+
+def _like(index: Tensor, scores: Tensor) -> Tensor:
+    """Expand `[b, n]` to gather along the last axis of `scores [b, …, s]`."""
+    while index.dim() < scores.dim():
+        index = index.unsqueeze(1)
+    return index.expand(*scores.shape[:-1], index.shape[-1])
+
+
+def _fold_columns(columns: Tensor, fold: int) -> Tensor:
+    """Scores `[b, …, m·v]` → `[b·m, …, v]`."""
+    if fold == 1:
+        return columns
+    shaped = columns.reshape(*columns.shape[:-1], fold, columns.shape[-1] // fold)
+    return shaped.movedim(-2, 1).flatten(0, 1)
+
+
+def _members(place: Tensor, alive: Tensor, count: int) -> Tensor:
+    """Which of `count` places occur among the live ones: `[b, k]` → bool `[b, count]`."""
+    return ((place[:, None, :] == torch.arange(count)[None, :, None]) & alive[:, None, :]).any(-1)

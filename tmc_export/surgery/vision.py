@@ -1,0 +1,164 @@
+"""Encoder, encoder-site stages, projector and projector-site stages as one static module.
+
+Input `pixels` `[b, 3, H, W]` (or `[b, patches, values]`); outputs `tokens [b, v, c]`, then per stage `source.<n>` `[b, k]` (original
+index among the uncompressed tokens of the picture, class tokens first; -1 = synthetic) and, where it merges, `assign.<n>`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from tmc_export.core.errors import ExportError
+from tmc_export.core.facts import ModelFacts
+from tmc_export.graphs._contract import Attention, Compressed, Context, Features, Keys, Need
+from tmc_export.plan.types import StagePlan, VisionPlan
+from tmc_export.surgery.stages import attention_scores, captured_or_raise, gather_rows, move_source, run_stage
+
+if TYPE_CHECKING:
+    from tmc_export.families._contract import VisionParts
+
+__all__ = ["Vision", "VisionTrace"]
+
+
+class VisionTrace:
+    """What moves along while the encoder runs: tokens, their origin, the key bias, captures and states.
+
+    Args:
+        tokens: `[b, n, c]`.
+        facts: the model's numbers, for the methods.
+    """
+
+    def __init__(self, tokens: Tensor, facts: ModelFacts) -> None:
+        batch, count = tokens.shape[:2]
+        self.facts = facts
+        self.tokens = tokens
+        self.source = torch.arange(count).expand(batch, count)
+        self.valid = torch.ones(batch, count, dtype=torch.bool)
+        self.key_bias: Tensor | None = None
+        self.captured: dict[Need, Tensor] = {}
+        self.features: dict[int, Tensor] = {}
+        self.states: dict[int, dict[str, Tensor]] = {}
+        self.reports: list[tuple[Tensor, Tensor | None]] = []
+
+    def core(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Attend and remember the operands: all `[b, h, n, d]`."""
+        query = query * scaling
+        self._query, self._key = query, key
+        logits = query @ key.transpose(-1, -2)
+        if self.key_bias is not None:
+            logits = logits + self.key_bias[:, None, None, :].to(logits.dtype)
+        return logits.softmax(-1) @ value
+
+    def capture(self, needs: tuple[Need, ...], layer: int, place: str) -> None:
+        """Compute what a stage asked for out of the layer that ran last."""
+        for need in needs:
+            if isinstance(need, Keys):
+                self.captured[need] = self._key.transpose(1, 2)
+            elif isinstance(need, Features):
+                self.captured[need] = self.features[need.layer if need.layer >= 0 else layer]
+            elif isinstance(need, Attention) and need.layer == "previous" and need.rows in ("cls", "all"):
+                query = self._query[:, :, :1] if need.rows == "cls" else self._query
+                bias = None if self.key_bias is None else self.key_bias[:, None, None, :]
+                self.captured[need] = attention_scores(query, self._key, bias, need)
+            else:
+                raise ExportError(f"an encoder cannot give {need} at {place}; it has class-token rows, column sums, keys and features")
+
+    def apply(self, plan: StagePlan) -> None:
+        """Run a stage on the tokens and move everything along."""
+        context = Context(
+            layout=plan.before,
+            facts=self.facts,
+            valid=self.valid,
+            source=self.source,
+            captured=captured_or_raise(self.captured, plan.stage.needs, str(plan.stage.at)),
+            state=self.states.get(plan.entry, {}),
+        )
+        result = run_stage(plan, self.tokens, context)
+        self.states[plan.entry] = dict(result.state)
+        if result.key_bias is not None:
+            self.key_bias = result.key_bias
+        elif self.key_bias is not None:
+            self.key_bias = gather_rows(self.key_bias, result.source)
+        self._take(result)
+
+    def _take(self, result: Compressed) -> None:
+        self.source, self.valid, self.tokens = move_source(self.source, result), result.valid, result.tokens
+        self.captured.clear()
+        self.reports.append((self.source, result.assign))
+
+    def drop(self, count: int) -> None:
+        """Drop the first `count` tokens: the class tokens, before the projector."""
+        if count:
+            self.tokens, self.source, self.valid = self.tokens[:, count:], self.source[:, count:], self.valid[:, count:]
+
+
+class Vision(nn.Module):
+    """One bucket's vision subgraph.
+
+    Args:
+        parts: the family's encoder and projector.
+        plan: the bucket's numbers and stages.
+    """
+
+    def __init__(self, parts: VisionParts, plan: VisionPlan) -> None:
+        super().__init__()
+        self._parts = parts
+        self.plan = plan
+        for name, module in vars(parts).items():
+            if isinstance(module, nn.Module):
+                self.add_module(name, module)
+
+    def output_names(self) -> list[str]:
+        """Names of the outputs, in the order of `forward`."""
+        return ["tokens", *(f"source.{n}" for n in range(len(self.plan.stages)))]
+
+    def _at(self, part: str, layer: int | None, point: str | None = None) -> list[StagePlan]:
+        return [s for s in self.plan.stages if (s.stage.at.part, s.stage.at.layer, s.stage.at.point) == (part, layer, point)]
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """Encode and compress one bucket of pictures."""
+        parts, facts = self._parts, self.plan.facts
+        pixels, before = self._inputs(pixels)
+        trace = VisionTrace(parts.embed(pixels), facts)
+        trace.reports += before
+        for layer in range(parts.layers):
+            for stage in self._at("encoder", layer):
+                trace.capture(stage.stage.needs, layer - 1, str(stage.stage.at))
+                trace.apply(stage)
+            trace.tokens = parts.attend(layer, trace.tokens, trace.core)
+            for stage in self._at("encoder", layer, "mid"):
+                trace.capture(stage.stage.needs, layer - 1, str(stage.stage.at))
+                trace.apply(stage)
+            trace.tokens = parts.feed_forward(layer, trace.tokens)
+            trace.features[layer] = trace.tokens
+        for stage in self._at("encoder", None):
+            trace.capture(stage.stage.needs, parts.layers - 1, str(stage.stage.at))
+            trace.apply(stage)
+        trace.tokens = parts.finish(trace.tokens)
+        encoder = [s for s in self.plan.stages if s.stage.at.part == "encoder"]
+        trace.drop(encoder[-1].after.class_tokens if encoder else facts.encoder.class_tokens)
+        trace.tokens = parts.project(trace.tokens)
+        if facts.encoder.merge > 1:
+            batch, count = trace.tokens.shape[:2]
+            trace.source, trace.valid = torch.arange(count).expand(batch, count), torch.ones(batch, count, dtype=torch.bool)
+        for stage in self._at("projector", None):
+            trace.capture(stage.stage.needs, parts.layers - 1, str(stage.stage.at))
+            trace.apply(stage)
+        return (trace.tokens, *[source for source, _ in trace.reports])
+
+    def _inputs(self, pixels: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor | None]]]:
+        """Run `input` stages on the raster of pixels `[b, 3, H, W]`."""
+        reports: list[tuple[Tensor, Tensor | None]] = []
+        for stage in self._at("input", None):
+            batch = pixels.shape[0]
+            raster = pixels.flatten(2).transpose(1, 2)
+            count = raster.shape[1]
+            source, valid = torch.arange(count).expand(batch, count), torch.ones(batch, count, dtype=torch.bool)
+            result = run_stage(stage, raster, Context(layout=stage.before, facts=self.plan.facts, valid=valid, source=source))
+            rows, columns = stage.after.grid or (0, 0)
+            pixels = result.tokens.transpose(1, 2).reshape(batch, pixels.shape[1], rows, columns)
+            reports.append((result.source, None))
+        return pixels, reports
