@@ -1,0 +1,51 @@
+"""The manifest of a bundle: what it was made from and with, and the hash of every file."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from tmc_export.bundle.program import Program
+
+__all__ = ["MANIFEST", "SCHEMA", "FileEntry", "Manifest"]
+
+MANIFEST = "manifest.json"
+SCHEMA = 1
+"""Version of the manifest; a reader refuses a newer one."""
+
+
+class FileEntry(BaseModel):
+    """A file of the bundle: size in bytes and sha256 in hexadecimal."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    size: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """`manifest.json`.
+
+    Attributes:
+        bundle: schema version.
+        name: the recipe's name.
+        key: hash of everything that went in (recipe, plan, checkpoint, versions); an equal key is a cache hit.
+        recipe, plan: as JSON.
+        checkpoint: file → sha256 of the model's files that went in.
+        versions: tool → version.
+        program: what the runtime follows.
+        proofs: rung → "passed", "failed" or "not run: …".
+        files: path in the bundle → size and hash; the manifest itself is not listed.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bundle: int = SCHEMA
+    name: str
+    key: str
+    recipe: dict[str, JsonValue]
+    plan: dict[str, JsonValue]
+    checkpoint: dict[str, str]
+    versions: dict[str, str]
+    program: Program
+    proofs: dict[str, str] = Field(default_factory=dict)
+    files: dict[str, FileEntry] = Field(default_factory=dict)

@@ -1,0 +1,120 @@
+"""What the runtime follows: which graph runs when, on how many tokens. Plain data, part of the manifest.
+
+Legend: T new tokens, P past slots, S_i tokens a prompt brings to block i, C_i its slots, r rotary axes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+__all__ = ["BlockProgram", "CutProgram", "GraphPhase", "PhaseName", "Program", "VisionProgram"]
+
+PhaseName = Literal["prefill", "chunk", "decode"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class GraphPhase(_Frozen):
+    """A static graph: its file in the bundle, T and P."""
+
+    file: str
+    tokens: int
+    past: int = 0
+
+
+class VisionProgram(_Frozen):
+    """A picture bucket.
+
+    Attributes:
+        file: the graph `pixels` → `tokens`, `source.<n>`.
+        tokens: visual tokens that leave it.
+        full_grid: raster of the uncompressed tokens.
+        grid: raster of the tokens that leave, when they form one.
+        stages: names of the methods that run inside, one per `source.<n>`.
+        rule: the picture rule, as `ImageRule.to_json` writes it.
+    """
+
+    file: str
+    tokens: int
+    full_grid: tuple[int, int]
+    grid: tuple[int, int] | None
+    stages: tuple[str, ...]
+    rule: dict[str, JsonValue]
+
+
+class BlockProgram(_Frozen):
+    """A run of decoder layers `[first, last)` with its static graphs."""
+
+    index: int
+    first: int
+    last: int
+    tokens: int
+    capacity: int
+    query_rows: dict[int, Literal["last", "all"]] = Field(default_factory=dict)
+    head: bool
+    phases: dict[PhaseName, GraphPhase]
+
+
+class CutProgram(_Frozen):
+    """The compress graph before a block.
+
+    Attributes:
+        previous: it scores with the layer before: it gets that layer's keys and query rows.
+        next: it scores with the layer after: it gets the keys that earlier turns left there.
+        kv: earlier layers whose KV rows it prunes.
+        methods: one per `kept.<n>`.
+    """
+
+    before_block: int
+    layer: int
+    file: str
+    tokens_in: int
+    tokens_out: int
+    visual_in: int
+    visual_out: int
+    positions: Literal["keep", "renumber", "truncate"]
+    previous: bool
+    next: bool
+    kv: tuple[int, ...] = ()
+    methods: tuple[str, ...]
+
+
+class Program(_Frozen):
+    """Everything the runtime needs besides the graphs and the tokenizer.
+
+    Attributes:
+        dtype: of hidden states and KV: float32 or float16.
+        position_rule: how rotary positions are counted.
+        image_token, image_text, eos: token rules.
+    """
+
+    family: str
+    dtype: Literal["float32", "float16"]
+    batch: int
+    images: int
+    width: int
+    vocabulary: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rope_axes: int
+    position_rule: Literal["sequential", "mrope"]
+    text_tokens: int
+    new_tokens: int
+    chunk: int
+    turns: Literal["freeze", "recompute"]
+    image_token: int
+    image_text: str
+    eos: tuple[int, ...]
+    vision: tuple[VisionProgram, ...]
+    embed: dict[PhaseName, GraphPhase]
+    blocks: tuple[BlockProgram, ...]
+    cuts: tuple[CutProgram, ...]
+
+    def cut_before(self, block: int) -> CutProgram | None:
+        """Return the cut before a block, if there is one."""
+        return next((c for c in self.cuts if c.before_block == block), None)

@@ -1,0 +1,233 @@
+"""Recipe × model → plan: every count and every shape becomes a number, or the recipe is refused with line, reason and fix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, cast
+
+from tmc_export.core.errors import LegalityError
+from tmc_export.core.facts import ModelFacts
+from tmc_export.families import family_of
+from tmc_export.families._contract import Family, ModelFiles
+from tmc_export.graphs._contract import Attention, Layout, Segment, Stage
+from tmc_export.plan.entries import Entry, read_entries
+from tmc_export.plan.types import BlockPlan, CutPlan, Plan, QuantizePlan, StagePlan, VisionPlan
+from tmc_export.recipe.recipe import Recipe
+
+__all__ = ["resolve"]
+
+
+def resolve(recipe: Recipe, files: ModelFiles, splits: Sequence[int] = ()) -> Plan:
+    """Make the plan of a recipe.
+
+    Args:
+        recipe: checked against its schema.
+        files: the model's JSON files.
+        splits: decoder layers at which blocks are cut besides the recipe's own cuts, to bound the memory of an engine build.
+
+    Raises:
+        ModelError: the model is not served.
+        RecipeError: a method or option does not exist.
+        LegalityError: the recipe cannot work on this model.
+    """
+    family = family_of(dict(files.config))
+    sizes = _sizes(recipe, family, files)
+    first = family.facts(files, sizes[0])
+    entries = read_entries(recipe, first)
+    vision = tuple(_vision(i, size, recipe, family, files, entries) for i, size in enumerate(sizes)) if recipe.inputs.images else ()
+    visual = max((v.tokens for v in vision), default=0)
+    blocks, cuts = _decoder(recipe, first, entries, visual, vision[0].out_grid if len(vision) == 1 else None, splits)
+    _check_context(recipe, first, blocks[0].capacity)
+    return Plan(
+        name=recipe.name,
+        facts=first,
+        dtype=recipe.model.dtype,
+        batch=recipe.inputs.batch,
+        images=recipe.inputs.images,
+        text_tokens=recipe.inputs.text_tokens,
+        new_tokens=recipe.inputs.new_tokens,
+        chunk=recipe.inputs.chunk,
+        decode_width=recipe.target.decode_width,
+        turns=recipe.inputs.turns,
+        vision=vision,
+        blocks=blocks,
+        cuts=cuts,
+        windows=family.windows(files),
+        rope_axes=first.decoder.rope_axes,
+        quantize=_quantize(recipe),
+    )
+
+
+def _sizes(recipe: Recipe, family: type[Family], files: ModelFiles) -> tuple[tuple[int, int], ...]:
+    sizes = recipe.inputs.buckets or (family.default_size(files),)
+    place = recipe.origin(("inputs", "image_size"))
+    if len(sizes) > 1 and not family.several_buckets:
+        raise LegalityError(f"{place}: image_size names {len(sizes)} buckets, the family '{family.name}' has one; write one [height, width]")
+    if recipe.inputs.fit is not None and recipe.inputs.fit not in family.fits:
+        raise LegalityError(
+            f"{recipe.origin(('inputs', 'fit'))}: fit '{recipe.inputs.fit}' does not exist in the family '{family.name}'; choose one of {', '.join(family.fits)}"
+        )
+    return sizes
+
+
+def _check_context(recipe: Recipe, facts: ModelFacts, capacity: int) -> None:
+    if capacity > facts.decoder.context:
+        raise LegalityError(
+            f"{recipe.origin(('inputs',))}: pictures, text_tokens and new_tokens make {capacity} tokens, the model was made for {facts.decoder.context}; "
+            "lower inputs.images, inputs.text_tokens or inputs.new_tokens, or compress before the decoder"
+        )
+
+
+def _quantize(recipe: Recipe) -> dict[str, QuantizePlan]:
+    found: dict[str, QuantizePlan] = {}
+    for part in ("encoder", "projector", "decoder", "head", "kv"):
+        wanted = getattr(recipe.quantize, part)
+        if wanted is not None:
+            found[part] = QuantizePlan(wanted.weights, wanted.block or 128, wanted.keep)
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------- vision
+_ORDER = {"input": 0, "encoder": 1, "projector": 2}
+
+
+def _vision(
+    index: int, size: tuple[int, int], recipe: Recipe, family: type[Family], files: ModelFiles, entries: Sequence[Entry]
+) -> VisionPlan:
+    """Follow one bucket through `input`, encoder and projector."""
+    facts = family.facts(files, size)
+    layout = Layout((Segment("visual", size[0] * size[1], size),), width=3)
+    stages: list[StagePlan] = []
+    for entry, stage in _at(entries, "input"):
+        layout = _through(entry, stage, layout, facts, stages)
+    if stages:
+        rows, columns = layout.grid or (0, 0)
+        patch = facts.encoder.patch
+        facts = family.facts(files, size, (rows // patch, columns // patch))
+    encoder = facts.encoder
+    patches = Segment("visual", encoder.grid[0] * encoder.grid[1], encoder.grid)
+    heads = (Segment("class", encoder.class_tokens),) if encoder.class_tokens else ()
+    layout = Layout((*heads, patches), width=encoder.width)
+    for entry, stage in _at(entries, "encoder"):
+        if stage.at.layer is not None and stage.at.layer >= encoder.layers + (stage.at.point is None):
+            raise LegalityError(f"{entry.origin('at')}: {stage.at} does not exist: {encoder.layers} encoder layers are in use; the last is {encoder.layers - 1}")
+        layout = _through(entry, stage, layout, facts, stages)
+    layout = _project(layout, facts, entries)
+    for entry, stage in _at(entries, "projector"):
+        layout = _through(entry, stage, layout, facts, stages)
+    return VisionPlan(index, size, encoder.grid, facts, tuple(stages), layout.tokens, layout.grid)
+
+
+def _project(layout: Layout, facts: ModelFacts, entries: Sequence[Entry]) -> Layout:
+    """Drop class tokens and let the projector join patches; a merger needs the raster that it was made for."""
+    segments = tuple(s for s in layout.segments if s.kind == "visual")
+    merge = facts.encoder.merge
+    if merge > 1:
+        grid = layout.grid
+        if grid is None or grid[0] % merge or grid[1] % merge:
+            culprit = [e for e, _ in _at(entries, "encoder")][-1]
+            raise LegalityError(
+                f"{culprit.origin('at')}: method '{culprit.name}' leaves no {merge}x{merge} raster, which the projector of this family merges; "
+                "use it at projector, or choose a method that keeps the raster"
+            )
+        grid = (grid[0] // merge, grid[1] // merge)
+        segments = (Segment("visual", grid[0] * grid[1], grid),)
+    return Layout(segments, width=facts.decoder.width)
+
+
+def _at(entries: Sequence[Entry], part: str) -> list[tuple[Entry, Stage]]:
+    """Stages of one part in the order they run; recipe order within a place."""
+    found = [(e, s) for e in entries for s in e.stages if s.at.part == part]
+    if part == "encoder":
+        last = 1 << 30
+        found.sort(key=lambda item: (last if item[1].at.layer is None else item[1].at.layer, item[1].at.point == "mid"))
+    return found
+
+
+def _through(entry: Entry, stage: Stage, layout: Layout, facts: ModelFacts, stages: list[StagePlan]) -> Layout:
+    """Ask the method what comes out of a stage; its refusal becomes an error at the recipe's line."""
+    try:
+        after = entry.method.layout(stage, layout, entry.config, facts)
+    except ValueError as error:
+        raise LegalityError(f"{entry.origin()}: method '{entry.name}' at {stage.at}: {error}") from error
+    if after.tokens > layout.tokens:
+        raise LegalityError(f"{entry.origin()}: method '{entry.name}' at {stage.at} would keep {after.tokens} of {layout.tokens} tokens; lower its budget")
+    stages.append(StagePlan(entry.index, entry.name, entry.config, stage, layout, after, entry.scope))
+    return after
+
+
+# -------------------------------------------------------------------------------------------------------------- decoder
+@dataclass
+class _Place:
+    """Where the walk through the decoder stands: visual tokens of one picture and their raster."""
+
+    visual: int
+    grid: tuple[int, int] | None
+
+
+def _decoder(
+    recipe: Recipe, facts: ModelFacts, entries: Sequence[Entry], visual: int, grid: tuple[int, int] | None, splits: Sequence[int]
+) -> tuple[tuple[BlockPlan, ...], tuple[CutPlan, ...]]:
+    """Cut the decoder at every stage (and split), and count tokens from cut to cut."""
+    inputs, layers = recipe.inputs, facts.decoder.layers
+    by_layer: dict[int, list[tuple[Entry, Stage]]] = {}
+    for entry, stage in _at(entries, "decoder"):
+        layer = cast(int, stage.at.layer)
+        _check_cut(entry, stage, layers, inputs.images)
+        by_layer.setdefault(layer, []).append((entry, stage))
+    inner = sorted({*by_layer, *splits} - {0})
+    edges = [0, *inner, layers]
+    place = _Place(visual, grid)
+    blocks: list[BlockPlan] = []
+    cuts: list[CutPlan] = []
+
+    def tokens(v: int) -> int:
+        return inputs.images * v + inputs.text_tokens
+
+    for index, (first, last) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        if first in by_layer:
+            before = place.visual
+            stages = _cut(recipe, facts, by_layer[first], place)
+            positions = next((s.after.positions for s in reversed(stages) if s.after.positions != "keep"), "keep")
+            cut = CutPlan(
+                index, first, stages, tokens(before), tokens(place.visual), inputs.images * before, inputs.images * place.visual, positions
+            )
+            cuts.append(cut)
+            if blocks and cut.attention("previous"):
+                rows: Literal["last", "all"] = "last" if all(n.rows == "last" for n in cut.attention("previous")) else "all"
+                blocks[-1] = replace(blocks[-1], query_rows={first - 1: rows})
+        blocks.append(
+            BlockPlan(index, first, last, tokens(place.visual), place.visual, tokens(place.visual) + inputs.new_tokens, {}, last == layers)
+        )
+    return tuple(blocks), tuple(cuts)
+
+
+def _cut(recipe: Recipe, facts: ModelFacts, found: Sequence[tuple[Entry, Stage]], place: _Place) -> tuple[StagePlan, ...]:
+    """Run the layouts of all stages of one cut; `place` moves on."""
+    stages: list[StagePlan] = []
+    images = recipe.inputs.images
+    for entry, stage in found:
+        joint = images if entry.scope == "joint" else 1
+        layout = Layout((Segment("visual", place.visual * joint, place.grid if joint == 1 else None),), width=facts.decoder.width)
+        after = _through(entry, stage, layout, facts, stages)
+        if joint > 1 and after.tokens % images:
+            raise LegalityError(
+                f"{entry.origin()}: scope: joint keeps {after.tokens} tokens over {images} pictures; choose a budget that {images} divides"
+            )
+        place.visual, place.grid = after.tokens // joint, after.grid if joint == 1 else None
+    return tuple(stages)
+
+
+def _check_cut(entry: Entry, stage: Stage, layers: int, images: int) -> None:
+    layer, site = cast(int, stage.at.layer), stage.at
+    if images == 0:
+        raise LegalityError(f"{entry.origin('at')}: {site} compresses pictures, but inputs.images is 0; remove the entry")
+    if not 0 <= layer < layers:
+        raise LegalityError(f"{entry.origin('at')}: {site} does not exist: the decoder has {layers} layers; the last cut is decoder.{layers - 1}")
+    if site.point is not None:
+        raise LegalityError(f"{entry.origin('at')}: {site}: a cut inside a decoder layer is not built yet; use decoder.{layer}")
+    if layer == 0 and any(isinstance(n, Attention) and n.layer == "previous" for n in stage.needs):
+        raise LegalityError(f"{entry.origin('at')}: method '{entry.name}' scores with the layer before {site}, and there is none; use decoder.1 or later")
+
+
