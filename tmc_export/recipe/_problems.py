@@ -90,7 +90,8 @@ def _line(model: type[BaseModel], data: dict[str, JsonValue], origins: Origins, 
         text = f"{name} must be {expected}, {got}{hint}"
     elif kind in _BOUNDS:
         key, words = _BOUNDS[kind]
-        text = f"{name} must be {words} {context[key]}, {got}"
+        bound = context[key]
+        text = f"{name} must be {words} {int(bound) if bound == int(bound) else bound}, {got}"
     elif kind == "string_too_short":
         text = f"{name} must not be empty"
     elif kind in _WANTED:

@@ -39,7 +39,7 @@ def find_shipped(kind: str, name: str | os.PathLike[str], folder: Path | None = 
     known = shipped(kind)
     if text in known:
         return known[text]
-    if text and path.exists():
+    if text and os.path.exists(path):  # unlike Path.exists, never raises
         return path
     raise RecipeError(
         f"no {kind} is named '{text}'{nearest(text, known)}; shipped: {', '.join(known) or 'none'}; or give a path to a .yaml file"

@@ -29,7 +29,7 @@ def display_name(path: FilePath) -> str:
     """Return how messages name a file: relative to the working directory when it lies below it."""
     try:
         return path.resolve().relative_to(FilePath.cwd()).as_posix() if path.is_absolute() else path.as_posix()
-    except (ValueError, OSError):
+    except (ValueError, OSError, RuntimeError):
         return path.as_posix()
 
 
@@ -47,16 +47,17 @@ def read_yaml(path: FilePath, kind: str) -> tuple[dict[str, JsonValue], Origins]
         RecipeError: the file is missing, a folder, too large, not UTF-8, empty, not YAML or not a mapping; one line.
     """
     shown = display_name(path)
-    if path.is_dir():
-        raise RecipeError(f"{shown}: is a folder, not a {kind}; name a .yaml file in it")
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except IsADirectoryError as error:
+        raise RecipeError(f"{shown}: is a folder, not a {kind}; name a .yaml file in it") from error
     except FileNotFoundError as error:
         raise RecipeError(f"{shown}: no such {kind} file; check the path, or list the shipped ones with: tmc-export {kind}s") from error
-    except OSError as error:
-        raise RecipeError(f"{shown}: cannot read the {kind}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{shown!s:.200}: cannot read the {kind}: {getattr(error, 'strerror', None) or error}") from error
     if len(raw) > MAX_BYTES:
-        raise RecipeError(f"{shown}: {len(raw)} bytes is too large for a {kind} (at most {MAX_BYTES}); is it the right file?")
+        raise RecipeError(f"{shown}: is too large for a {kind} (more than {MAX_BYTES} bytes); is it the right file?")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -68,7 +69,7 @@ def read_yaml(path: FilePath, kind: str) -> tuple[dict[str, JsonValue], Origins]
     if data is None:
         raise RecipeError(f"{origins.root}: the file is empty; a {kind} starts with '{kind}: 1'")
     if not isinstance(data, dict):
-        raise RecipeError(f"{origins.at(())}: a {kind} is a mapping of keys to values, got a {_kind_of(data)}; it starts with '{kind}: 1'")
+        raise RecipeError(f"{origins.at(())}: a {kind} is a mapping of keys to values, got {_kind_of(data)}; it starts with '{kind}: 1'")
     return data, origins
 
 
@@ -113,7 +114,7 @@ def _explain(problem: str) -> str:
 
 
 def _kind_of(value: JsonValue) -> str:
-    return {list: "list", str: "text", bool: "truth value", int: "number", float: "number", dict: "mapping"}.get(type(value), "null")
+    return {list: "a list", str: "text", bool: "a truth value", int: "a number", float: "a number"}.get(type(value), "null")
 
 
 def _shown_key(node: Node) -> str:
@@ -172,6 +173,8 @@ class _Reader:
     def _scalar(self, node: Node, place: Origin) -> JsonValue:
         tag, text = str(node.tag).removeprefix(_PREFIX), str(node.value)
         if tag in ("str", "timestamp", "value"):
+            if any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise RecipeError(f"{place}: text with half a character (a lone surrogate); write the character itself")
             return text
         if tag == "null":
             return None

@@ -31,7 +31,7 @@ __all__ = ["Compress", "Inputs", "ModelSource", "Quantize", "QuantizePart", "Rec
 
 _METHOD = r"^[a-z0-9][a-z0-9_-]*$"
 _SLUG = r"^[a-z0-9][a-z0-9._-]*$"
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Size = tuple[int, int]
 
 
@@ -60,7 +60,7 @@ def _size(value: object) -> Size | None:
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         return None
     height, width = value
-    if type(height) is not int or type(width) is not int or min(height, width) < 1:
+    if type(height) is not int or type(width) is not int or not 1 <= min(height, width) <= max(height, width) <= 65_535:
         return None
     return height, width
 
@@ -82,7 +82,7 @@ def _same(value: object) -> object:
     return value
 
 
-_SIDE: dict[str, JsonValue] = {"type": "integer", "minimum": 1}
+_SIDE: dict[str, JsonValue] = {"type": "integer", "minimum": 1, "maximum": 65_535}
 _SIZE_SCHEMA: dict[str, JsonValue] = {"type": "array", "items": dict(_SIDE), "minItems": 2, "maxItems": 2}
 ImageSize = Annotated[
     Size | tuple[Size, ...] | None,
@@ -120,7 +120,7 @@ class Inputs(_Strict):
         turns: whether a later turn sees what the first one selected, or all is computed again.
     """
 
-    images: int = Field(default=1, ge=0, description="pictures in one conversation, at most")
+    images: int = Field(default=1, ge=0, le=1_000, description="pictures in one conversation, at most")
     image_size: ImageSize = Field(default=None, description="[height, width] in pixels, or a list of such buckets")
     fit: Literal["crop", "resize", "letterbox"] | None = Field(default=None, description="how a picture gets into its bucket")
     text_tokens: Count = Field(description="text tokens of all prompts in a conversation")
