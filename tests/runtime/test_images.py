@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -266,3 +267,14 @@ def test_another_bucket_keeps_the_proportion() -> None:
         assert np.all(prepare(Image.new("RGB", size[::-1], (255, 255, 255)), wide) > 0)  # covered: no padding anywhere
     with pytest.raises(ModelError, match="nearest that is: 112x84"):
         ImageRule.from_processor(transformers.Qwen2VLImageProcessorPil().to_dict(), height=113, width=90)
+
+
+@pytest.mark.parametrize("name", ["astronaut", "chelsea", "coffee", "rocket", "page", "camera"])
+def test_tiny_llava_checkpoint(name: str) -> None:
+    folder = Path(__file__).parents[2] / "examples" / "tiny-llava"
+    if not (folder / "processor_config.json").is_file():
+        pytest.skip("examples/tiny-llava is not here")
+    processor = transformers.AutoProcessor.from_pretrained(folder).image_processor
+    rule = ImageRule.from_processor(json.loads((folder / "processor_config.json").read_text()), height=112, width=112)
+    image = Image.fromarray(getattr(skimage_data, name)())
+    same(prepare(load_image(image), rule), processor_pixels(processor, image)[0])
