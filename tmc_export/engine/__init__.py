@@ -1,0 +1,28 @@
+"""ONNX -> TensorRT or TensorRT-RTX engines, here or on the device. Importing this room imports neither."""
+
+from __future__ import annotations
+
+from tmc_export.engine.build import Builder, Progress, build_engine, probe
+from tmc_export.engine.bundle import EngineRecord, build_engines, engine_file, read_engines
+from tmc_export.engine.on_device import DeviceTarget, write_on_device_script
+from tmc_export.engine.profiles import read_profiles
+from tmc_export.engine.types import EngineOptions, EngineReport, LayerInfo, Profile, Subgraph
+
+__all__ = [
+    "Builder",
+    "DeviceTarget",
+    "EngineOptions",
+    "EngineRecord",
+    "EngineReport",
+    "LayerInfo",
+    "Profile",
+    "Progress",
+    "Subgraph",
+    "build_engine",
+    "build_engines",
+    "engine_file",
+    "probe",
+    "read_engines",
+    "read_profiles",
+    "write_on_device_script",
+]

@@ -1,0 +1,241 @@
+"""Builds one engine inside the worker process, with `tensorrt_rtx` or `tensorrt`: the two share their Python interface."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tmc_export.core.errors import ExportError, LegalityError, ResourceError
+from tmc_export.engine._layers import activation_bytes, parse_layers
+from tmc_export.engine._memory import peak_rss_bytes
+from tmc_export.engine._versions import version_for
+from tmc_export.engine.types import EngineOptions, EngineReport, Profile
+
+__all__ = ["Job", "build"]
+
+Emit = Callable[[str, int, int], None]
+"""Called with a phase, the steps done and the steps in all."""
+
+_KEPT: list[Any] = []
+"""Loggers, never released: TensorRT keeps the first one it was given and crashes when it is gone."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One engine: the graph (weights beside it), its profiles, the file to write and the options."""
+
+    name: str
+    onnx: Path
+    profiles: tuple[Profile, ...]
+    out: Path
+    options: EngineOptions
+
+
+@dataclass
+class _Log:
+    """What is kept of the builder's log."""
+
+    layers: str
+    info: list[str]
+    warnings: list[str]
+    errors: list[str]
+
+
+def _logger(trt: ModuleType, log: _Log) -> Any:
+    class Logger(trt.ILogger):  # type: ignore[name-defined,misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if message.startswith("Layers:"):
+                log.layers += message + "\n"
+            elif severity == trt.ILogger.INFO:
+                log.info.append(message)
+            elif severity == trt.ILogger.WARNING:
+                log.warnings.append(message)
+            elif severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                log.errors.append(message)
+
+    logger = Logger()
+    _KEPT.append(logger)
+    return logger
+
+
+def _monitor(trt: ModuleType, emit: Emit) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined,misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.totals: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.totals[phase_name] = num_steps
+            emit(phase_name, 0, num_steps)
+
+        def phase_finish(self, phase_name: str) -> None:
+            total = self.totals.pop(phase_name, 0)
+            emit(phase_name, total, total)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            return True
+
+    return Monitor()
+
+
+def _writer(trt: ModuleType, file: Any, failed: list[OSError]) -> Any:
+    class Writer(trt.IStreamWriter):  # type: ignore[name-defined,misc]
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+
+        def write(self, data: Any, *_: Any) -> int:
+            try:
+                return int(file.write(data))
+            except OSError as error:  # must not pass through C++; reported after the build
+                failed.append(error)
+                return 0
+
+    return Writer()
+
+
+def _parse(trt: ModuleType, builder: Any, logger: Any, job: Job, row_flag: bool) -> Any:
+    flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED) if row_flag else 0
+    network = builder.create_network(flags)
+    parser = trt.OnnxParser(network, logger)
+    _KEPT.append(parser)  # the network's weights live in it
+    if parser.parse_from_file(str(job.onnx)):
+        return network
+    found = []
+    for index in range(parser.num_errors):
+        error = parser.get_error(index)
+        place = f"{error.func()} at {error.file()}:{error.line()}"
+        found.append(f"{error.node_operator() or 'no operator'} '{error.node_name()}': {error.desc()} ({place})")
+    raise ExportError(f"{job.name}: the TensorRT parser refuses {job.onnx.name}: {'; '.join(found) or 'it gives no reason'}")
+
+
+def _add_profiles(builder: Any, network: Any, config: Any, job: Job) -> None:
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    for profile in job.profiles:
+        shapes = dict(profile.shapes)
+        unknown = sorted(set(shapes) - {tensor.name for tensor in inputs})
+        if unknown:
+            raise ExportError(f"{job.name}, profile '{profile.name}': the graph has no input {', '.join(unknown)}; build the bundle again")
+        made = builder.create_optimization_profile()
+        for tensor in inputs:
+            own = tuple(tensor.shape)
+            shape = shapes.get(tensor.name, own)
+            if any(size < 0 for size in shape) or len(shape) != len(own):
+                raise ExportError(f"{job.name}, profile '{profile.name}': input {tensor.name} {own} gets the shape {shape}; name every dimension")
+            if any(mine >= 0 and mine != size for mine, size in zip(own, shape, strict=True)):
+                raise ExportError(f"{job.name}, profile '{profile.name}': input {tensor.name} is {own} in the graph, the profile says {shape}")
+            if any(size < 0 for size in own):
+                made.set_shape(tensor.name, shape, shape, shape)
+        if config.add_optimization_profile(made) < 0:
+            raise ExportError(f"{job.name}: TensorRT refuses the profile '{profile.name}' {shapes}")
+
+
+def _configure(trt: ModuleType, builder: Any, job: Job, emit: Emit) -> Any:
+    options = job.options
+    config = builder.create_builder_config()
+    if options.flavour == "tensorrt-rtx":
+        config.num_compute_capabilities = len(options.capabilities)
+        for index, name in enumerate(options.capabilities):
+            capability = getattr(trt.ComputeCapability, name, None)
+            if capability is None:
+                raise LegalityError(f"TensorRT-RTX {trt.__version__} does not know {name}; install a newer one or leave it out")
+            config.set_compute_capability(capability, index)
+    config.builder_optimization_level = options.builder_optimization_level
+    config.profiling_verbosity = getattr(trt.ProfilingVerbosity, options.verbosity.upper())
+    if options.workspace_mib is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib * 2**20)
+    if options.timing_cache is not None and options.flavour == "tensorrt":
+        kept = options.timing_cache.read_bytes() if options.timing_cache.is_file() else b""
+        config.set_timing_cache(config.create_timing_cache(kept), False)
+    config.progress_monitor = _monitor(trt, emit)
+    _KEPT.append(config.progress_monitor)
+    return config
+
+
+def _serialize(trt: ModuleType, builder: Any, network: Any, config: Any, job: Job) -> bool:
+    """Write the engine to `job.out` through a temporary file; False when the builder fails."""
+    partial = job.out.with_name(f".{job.out.name}.{os.getpid()}.partial")
+    failed: list[OSError] = []
+    try:
+        with partial.open("wb") as file:
+            if hasattr(builder, "build_serialized_network_to_stream"):
+                done = bool(builder.build_serialized_network_to_stream(network, config, _writer(trt, file, failed)))
+            else:
+                plan = builder.build_serialized_network(network, config)
+                done = plan is not None
+                if done:
+                    file.write(memoryview(plan))
+            file.flush()
+            os.fsync(file.fileno())
+        if failed:
+            raise failed[0]
+        if done and partial.stat().st_size:
+            os.replace(partial, job.out)
+            return True
+        return False
+    except OSError as error:
+        raise ResourceError(f"{job.name}: the engine could not be written to '{job.out}': {error.strerror}; free disk space and retry") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _save_timing_cache(config: Any, options: EngineOptions) -> None:
+    if options.timing_cache is None or options.flavour != "tensorrt":
+        return
+    cache = config.get_timing_cache()
+    if cache is not None:
+        partial = options.timing_cache.with_suffix(".partial")
+        partial.write_bytes(bytes(cache.serialize()))
+        os.replace(partial, options.timing_cache)
+
+
+def build(job: Job, trt: ModuleType, emit: Emit, capabilities: tuple[str, ...]) -> EngineReport:
+    """Build one engine.
+
+    Args:
+        job: what to build.
+        trt: the module `tensorrt_rtx` or `tensorrt`.
+        emit: told of every phase.
+        capabilities: what the report says the engine is for (`tensorrt`: the GPU of this machine).
+
+    Raises:
+        ExportError: the graph does not parse or build.
+        ResourceError: the disk is full.
+        LegalityError: a compute capability this TensorRT lacks.
+    """
+    started = time.monotonic()
+    version = str(trt.__version__)
+    log = _Log("", [], [], [])
+    logger = _logger(trt, log)
+    builder = trt.Builder(logger)
+    flag = job.options.flavour == "tensorrt" and version_for(version).strongly_typed_flag
+    network = _parse(trt, builder, logger, job, flag)
+    config = _configure(trt, builder, job, emit)
+    _add_profiles(builder, network, config, job)
+    if not _serialize(trt, builder, network, config, job):
+        reason = " | ".join(line.replace("\n", " ") for line in log.errors[:3])
+        raise ExportError(f"{job.name}: TensorRT {version} parses the graph and cannot build it: {reason or 'it gives no reason'}")
+    _save_timing_cache(config, job.options)
+    layers = parse_layers(log.layers)
+    return EngineReport(
+        name=job.name,
+        path=job.out,
+        flavour=job.options.flavour,
+        version=version,
+        capabilities=capabilities,
+        size=job.out.stat().st_size,
+        seconds=round(time.monotonic() - started, 3),
+        peak_rss=peak_rss_bytes(),
+        layers=layers,
+        multi_head_attention=sum(layer.attention for layer in layers),
+        activation_bytes=activation_bytes(log.info),
+        profiles=tuple(profile.name for profile in job.profiles),
+        warnings=tuple(log.warnings[:20]),
+    )

@@ -1,0 +1,204 @@
+"""Reads and rewrites the few fields of an ONNX file that the engine room needs, without the `onnx` package.
+
+A board that builds its engines has TensorRT and Python, not `onnx`. The field numbers are those of onnx.proto.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from tmc_export.core.errors import BundleError
+
+__all__ = ["GraphFacts", "GraphInput", "read_graph", "with_plain_locations"]
+
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_MODEL_GRAPH, _MODEL_OPSET = 7, 8
+_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT = 1, 5, 11
+_TENSOR_NAME, _TENSOR_EXTERNAL = 8, 13
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """One graph input; a dimension is a number, or the name of a symbol (empty when it has none)."""
+
+    name: str
+    dims: tuple[int | str, ...]
+
+    @property
+    def static(self) -> bool:
+        """True when every dimension is a number."""
+        return all(isinstance(dim, int) for dim in self.dims)
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """What an ONNX file says about itself.
+
+    Attributes:
+        opset: of the default domain.
+        operators: operator types, sorted; those of other domains as `domain::Type`.
+        inputs: graph inputs that are no initializers.
+        locations: files of external weights, as written in the graph, sorted.
+        bytes: size of the ONNX file.
+    """
+
+    opset: int
+    operators: tuple[str, ...]
+    inputs: tuple[GraphInput, ...]
+    locations: tuple[str, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class _Field:
+    number: int
+    wire: int
+    start: int  # of the tag
+    body: int  # of the value
+    end: int
+    value: int  # a varint's value
+
+
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+
+
+def _fields(data: memoryview) -> Iterator[_Field]:
+    at, size = 0, len(data)
+    while at < size:
+        start = at
+        tag, at = _varint(data, at)
+        number, wire, value = tag >> 3, tag & 7, 0
+        if wire == _VARINT:
+            value, end = _varint(data, at)
+            body = at
+        elif wire == _BYTES:
+            length, body = _varint(data, at)
+            end = body + length
+        elif wire in (_FIXED64, _FIXED32):
+            body, end = at, at + (8 if wire == _FIXED64 else 4)
+        else:
+            raise IndexError(f"wire type {wire}")
+        if end > size:
+            raise IndexError("truncated")
+        yield _Field(number, wire, start, body, end, value)
+        at = end
+
+
+def _text(data: memoryview, number: int) -> str:
+    for item in _fields(data):
+        if item.number == number and item.wire == _BYTES:
+            return bytes(data[item.body : item.end]).decode()
+    return ""
+
+
+def _bodies(data: memoryview, number: int) -> Iterator[memoryview]:
+    for item in _fields(data):
+        if item.number == number and item.wire == _BYTES:
+            yield data[item.body : item.end]
+
+
+def _operator(node: memoryview) -> str:
+    domain, kind = _text(node, 7), _text(node, 4)
+    return kind if domain in ("", "ai.onnx") else f"{domain}::{kind}"
+
+
+def _input(info: memoryview) -> GraphInput:
+    dims: list[int | str] = []
+    for kind in _bodies(info, 2):
+        for tensor in _bodies(kind, 1):
+            for shape in _bodies(tensor, 2):
+                for dim in _bodies(shape, 1):
+                    numbers = [item.value for item in _fields(dim) if item.number == 1 and item.wire == _VARINT]
+                    dims.append(numbers[0] if numbers else _text(dim, 2))
+    return GraphInput(_text(info, 1), tuple(dims))
+
+
+def _location(tensor: memoryview) -> str:
+    for entry in _bodies(tensor, _TENSOR_EXTERNAL):
+        if _text(entry, 1) == "location":
+            return _text(entry, 2)
+    return ""
+
+
+def _facts(data: memoryview) -> GraphFacts:
+    opset, operators, inputs, locations, weights = 0, set[str](), list[GraphInput](), set[str](), set[str]()
+    for entry in _bodies(data, _MODEL_OPSET):
+        if _text(entry, 1) in ("", "ai.onnx"):
+            opset = next((item.value for item in _fields(entry) if item.number == 2), 0)
+    for graph in _bodies(data, _MODEL_GRAPH):
+        for item in _fields(graph):
+            body = graph[item.body : item.end]
+            if item.number == _GRAPH_NODE:
+                operators.add(_operator(body))
+            elif item.number == _GRAPH_INPUT:
+                inputs.append(_input(body))
+            elif item.number == _GRAPH_INITIALIZER:
+                weights.add(_text(body, _TENSOR_NAME))
+                locations.add(_location(body))
+    free = tuple(item for item in inputs if item.name not in weights)
+    return GraphFacts(opset, tuple(sorted(operators)), free, tuple(sorted(locations - {""})), len(data))
+
+
+def read_graph(path: Path) -> GraphFacts:
+    """Read the facts of an ONNX file; weights are not touched.
+
+    Raises:
+        BundleError: the file is missing, empty or no ONNX model.
+    """
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as data:
+            facts = _facts(data)
+    except (OSError, ValueError) as error:
+        raise BundleError(f"cannot read the graph '{path}': {error}; build the bundle again") from error
+    except IndexError as error:
+        raise BundleError(f"'{path}' is no ONNX model, or it is cut short ({error}); build the bundle again") from error
+    if not facts.opset or not facts.operators:
+        raise BundleError(f"'{path}' is no ONNX model: it names no operator set and no operator; build the bundle again")
+    return facts
+
+
+def _encode(value: int) -> bytes:
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _rewrite(data: memoryview, path: tuple[int, ...], change: Callable[[memoryview], bytes]) -> bytes:
+    if not path:
+        return change(data)
+    out = bytearray()
+    for item in _fields(data):
+        if item.number == path[0] and item.wire == _BYTES:
+            body = _rewrite(data[item.body : item.end], path[1:], change)
+            out += _encode(item.number << 3 | _BYTES) + _encode(len(body)) + body
+        else:
+            out += data[item.start : item.end]
+    return bytes(out)
+
+
+def _plain(entry: memoryview) -> bytes:
+    if _text(entry, 1) != "location":
+        return bytes(entry)
+    return _rewrite(entry, (2,), lambda value: PurePosixPath(bytes(value).decode()).name.encode())
+
+
+def with_plain_locations(model: bytes) -> bytes:
+    """Return the model with every external weight file named without its folder: `../onnx/b.data` -> `b.data`.
+
+    TensorRT's parser refuses a location that leads to a parent folder. Initializers only; subgraphs of control flow keep theirs.
+    """
+    return _rewrite(memoryview(model), (_MODEL_GRAPH, _GRAPH_INITIALIZER, _TENSOR_EXTERNAL), _plain)

@@ -1,0 +1,157 @@
+"""Builds every engine of a bundle, keeping those that are still valid, and writes `engines/engines.json`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tmc_export.core.errors import BundleError
+from tmc_export.engine._proto import read_graph
+from tmc_export.engine._wire import report_from
+from tmc_export.engine.build import Builder, Progress, build_engine, probe, weight_files
+from tmc_export.engine.profiles import read_profiles
+from tmc_export.engine.types import EngineOptions, EngineReport, Subgraph
+
+__all__ = ["ENGINES", "EngineRecord", "build_engines", "engine_file", "file_sha256", "read_engines", "subgraph_key"]
+
+ENGINES = "engines/engines.json"
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """One line of `engines/engines.json`.
+
+    Attributes:
+        name, flavour, version, capabilities: as in `EngineReport`.
+        file: path below the bundle.
+        bytes, sha256: of that file.
+        key: hash of everything the engine was made from; another key means a rebuild.
+        profiles: names, in the engine's order.
+    """
+
+    name: str
+    flavour: str
+    version: str
+    capabilities: tuple[str, ...]
+    file: str
+    bytes: int
+    sha256: str
+    key: str
+    profiles: tuple[str, ...]
+
+
+def engine_file(name: str, flavour: str) -> str:
+    """Return the path of an engine below its bundle: `engines/block_0.tensorrt-rtx.engine`."""
+    return f"engines/{name}.{flavour}.engine"
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def subgraph_key(bundle: Path, subgraph: Subgraph, options: EngineOptions, builder: Builder | None) -> str:
+    """Hash the graph, its weights, the profiles, the options that matter and the builder's version."""
+    graph = bundle / subgraph.onnx
+    facts = read_graph(graph)
+    parts = {
+        "graph": file_sha256(graph),
+        "weights": [file_sha256(path) for path in weight_files(graph, facts)],
+        "profiles": [asdict(profile) for profile in subgraph.profiles],
+        "builder": asdict(builder) if builder else None,
+        "capabilities": list(options.capabilities) if options.flavour == "tensorrt-rtx" else [],
+        "settings": [options.flavour, options.workspace_mib, options.builder_optimization_level, options.verbosity],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _record(fields: dict[str, Any]) -> EngineRecord:
+    return EngineRecord(**{**fields, "capabilities": tuple(fields["capabilities"]), "profiles": tuple(fields["profiles"])})
+
+
+def read_engines(bundle: Path) -> tuple[EngineRecord, ...]:
+    """Return what `engines/engines.json` records; empty when no engine was built.
+
+    Raises:
+        BundleError: the file is damaged.
+    """
+    path = bundle / ENGINES
+    if not path.is_file():
+        return ()
+    try:
+        return tuple(_record(fields) for fields in json.loads(path.read_text())["engines"])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"'{path}' is damaged ({type(error).__name__}: {error}); delete it and build the engines again") from error
+
+
+def _write(bundle: Path, records: dict[tuple[str, str], EngineRecord]) -> None:
+    path = bundle / ENGINES
+    partial = path.with_suffix(".partial")
+    ordered = [asdict(records[key]) for key in sorted(records)]
+    partial.write_text(json.dumps({"schema": 1, "engines": ordered}, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def _kept(bundle: Path, record: EngineRecord | None, key: str) -> EngineReport | None:
+    """Return the report of an engine that is still valid, or `None`."""
+    if record is None or record.key != key:
+        return None
+    path = bundle / record.file
+    if not path.is_file() or path.stat().st_size != record.bytes:
+        return None
+    try:
+        report = report_from(json.loads(path.with_name(path.name + ".layers.json").read_text()))
+    except (OSError, KeyError, TypeError, ValueError):
+        return None
+    return replace(report, path=path, seconds=0.0, built=False)
+
+
+def build_engines(
+    bundle_dir: Path, options: EngineOptions, progress: Progress | None = None, *, force: bool = False
+) -> tuple[EngineReport, ...]:
+    """Build every engine that `engines/profiles.json` names; stops at the first failure, and the next call goes on from there.
+
+    Args:
+        bundle_dir: the bundle.
+        options: flavour, compute capabilities, limits.
+        progress: told of the builder's phases.
+        force: build again what is still valid.
+
+    Raises:
+        MissingExtraError: TensorRT is not installed; the bundle is as valid as before.
+        BundleError, LegalityError, ExportError, ResourceError: as `build_engine`.
+    """
+    subgraphs = read_profiles(bundle_dir)
+    builder = probe(options.flavour)
+    records = {(record.name, record.flavour): record for record in read_engines(bundle_dir)}
+    reports = []
+    for subgraph in subgraphs:
+        place = (subgraph.name, options.flavour)
+        key = subgraph_key(bundle_dir, subgraph, options, builder)
+        report = None if force else _kept(bundle_dir, records.get(place), key)
+        if report is None:
+            file = engine_file(subgraph.name, options.flavour)
+            report = build_engine(
+                bundle_dir / subgraph.onnx,
+                subgraph.profiles,
+                bundle_dir / file,
+                options,
+                progress,
+                precision=subgraph.precision,
+                builder=builder,
+            )
+            digest = file_sha256(report.path)
+            records[place] = EngineRecord(
+                subgraph.name, options.flavour, report.version, report.capabilities, file, report.size, digest, key, report.profiles
+            )
+            _write(bundle_dir, records)
+        reports.append(report)
+    return tuple(reports)
