@@ -226,12 +226,15 @@ class Layout:
         width: channels.
         positions: what happens to rotary positions at this cut; only read at decoder sites.
         kv_rows: decoder layer → visual KV rows left in a layer *before* the cut (retroactive pruning); empty when untouched.
+        entry_tokens: candidates that arrived at the first cut of the recipe entry, for methods that budget against them (PyramidDrop); such a
+            method's own `layout` sets it at its first stage and reads it at the later ones; every other layout leaves None.
     """
 
     segments: tuple[Segment, ...]
     width: int
     positions: Positions = "keep"
     kv_rows: Mapping[int, int] = field(default_factory=dict)
+    entry_tokens: int | None = None
 
     @property
     def tokens(self) -> int:
