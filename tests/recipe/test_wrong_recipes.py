@@ -139,6 +139,8 @@ WRONG: list[tuple[str, str, str, tuple[str, ...]]] = [
     ("python tag", line(3, "model: !!python/object/apply:os.system [id]"), "3:8", ("tags are not used",)),
     ("own tag", line(2, "name: !env HOME"), "2:7", ("tags are not used", "!env")),
     ("not a number", line(6, "  - {at: projector, method: pool, kernel: .nan}"), "6:43", ("finite",)),
+    ("line end in a key", line(3, '"mo\\ndel": {source: a}'), "3:1", (r"unknown key 'mo\ndel'", "mean 'model'")),
+    ("line end in a duplicate key", 'recipe: 1\n"a\\nb": 1\n"a\\nb": 2\n', "3:1", (r"duplicate key 'a\nb'",)),
     ("number as key", line(6, "  - {at: projector, 7: pool}"), "6:21", ("a key must be text", "'7'")),
     ("control character", line(2, "name: a\x01b"), "2:8", ("not valid YAML",)),
     ("nested without end", line(2, "name: " + "[" * 3000), "", ("nested too deeply",)),

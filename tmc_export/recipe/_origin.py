@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["Origin", "Origins", "Path"]
+__all__ = ["Origin", "Origins", "Path", "printable"]
 
 Path = tuple[str | int, ...]
+
+
+def printable(text: object) -> str:
+    """Return text that stays on one line and cannot steer a terminal: what is not printable is escaped.
+
+    >>> printable("a\\nb")
+    'a\\\\nb'
+    """
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
 
 
 @dataclass(frozen=True, order=True)

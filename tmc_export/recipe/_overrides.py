@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pydantic import JsonValue
 
 from tmc_export.core.errors import RecipeError
-from tmc_export.recipe._origin import Origin, Origins, Path
+from tmc_export.recipe._origin import Origin, Origins, Path, printable
 from tmc_export.recipe._problems import dotted, shown_value
 from tmc_export.recipe._yaml import parse_yaml
 
@@ -26,7 +26,7 @@ def apply_overrides(data: dict[str, JsonValue], origins: Origins, overrides: Seq
     """
     data = copy.deepcopy(data)
     for override in overrides:
-        shown = f"--set {override}"
+        shown = f"--set {printable(override)}"
         key, equals, text = override.partition("=")
         parts = key.strip().split(".")
         if not equals or not all(parts):

@@ -12,7 +12,7 @@ from pydantic import BaseModel, JsonValue, ValidationError
 
 from tmc_export.core.errors import RecipeError
 from tmc_export.core.registry import nearest
-from tmc_export.recipe._origin import Origin, Origins, Path
+from tmc_export.recipe._origin import Origin, Origins, Path, printable
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -45,7 +45,7 @@ def validate(model: type[M], data: dict[str, JsonValue], origins: Origins) -> M:
         return model.model_validate_json(json.dumps(data))
     except ValidationError as error:
         lines = sorted({_line(model, data, origins, found) for found in error.errors(include_url=False)})
-    raise RecipeError("\n".join(f"{origin}: {text}" for origin, text in lines))
+    raise RecipeError("\n".join(f"{origin}: {printable(text)}" for origin, text in lines))
 
 
 def check_version(kind: str, known: int, data: dict[str, JsonValue], origins: Origins) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tmc_export.core.errors import RecipeError
 from tmc_export.core.registry import nearest
+from tmc_export.recipe._origin import printable
 
 __all__ = ["find_shipped", "is_path", "shipped"]
 
@@ -41,6 +42,5 @@ def find_shipped(kind: str, name: str | os.PathLike[str], folder: Path | None = 
         return known[text]
     if text and os.path.exists(path):  # unlike Path.exists, never raises
         return path
-    raise RecipeError(
-        f"no {kind} is named '{text}'{nearest(text, known)}; shipped: {', '.join(known) or 'none'}; or give a path to a .yaml file"
-    )
+    names = ", ".join(known) or "none"
+    raise RecipeError(f"no {kind} is named '{printable(text)}'{nearest(text, known)}; shipped: {names}; or give a path to a .yaml file")

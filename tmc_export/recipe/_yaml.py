@@ -11,7 +11,7 @@ from pathlib import Path as FilePath
 from typing import TYPE_CHECKING
 
 from tmc_export.core.errors import RecipeError
-from tmc_export.recipe._origin import Origin, Origins, Path
+from tmc_export.recipe._origin import Origin, Origins, Path, printable
 
 if TYPE_CHECKING:
     from pydantic import JsonValue
@@ -97,13 +97,13 @@ def parse_yaml(text: str, shown: str) -> tuple[JsonValue, Origins]:
         position = getattr(error, "position", None)
         before = text[:position] if isinstance(position, int) else ""
         place = Origin(shown, before.count("\n") + 1, len(before.rpartition("\n")[2]) + 1) if isinstance(position, int) else root
-        raise RecipeError(f"{place}: not valid YAML: {' '.join(str(getattr(error, 'reason', error)).split())}") from error
+        raise RecipeError(f"{place}: not valid YAML: {printable(' '.join(str(getattr(error, 'reason', error)).split()))}") from error
     return data, Origins(root, reader.values, reader.keys)
 
 
 def _explain(problem: str) -> str:
     """Put the library's words on one line and add the fix for the commonest slips."""
-    problem = " ".join(problem.split())
+    problem = printable(" ".join(problem.split()))
     if "\\t" in problem or "\t" in problem:
         return f"{problem}; indent with spaces, not tabs"
     if "another document" in problem:
@@ -118,7 +118,7 @@ def _kind_of(value: JsonValue) -> str:
 
 
 def _shown_key(node: Node) -> str:
-    return "a list or mapping" if isinstance(node.value, list) else f"'{str(node.value)[:40]}'"
+    return "a list or mapping" if isinstance(node.value, list) else f"'{printable(str(node.value)[:40])}'"
 
 
 class _Reader:
@@ -138,7 +138,7 @@ class _Reader:
 
         place = self.place(node)
         if node.anchor is not None:
-            raise RecipeError(f"{place}: anchors and aliases are not used here, got '&{node.anchor}'; write the value out")
+            raise RecipeError(f"{place}: anchors and aliases are not used here, got '&{printable(node.anchor)}'; write the value out")
         self.values.setdefault(path, place)
         if isinstance(node, MappingNode):
             self._plain(node, "map", place)
@@ -150,7 +150,7 @@ class _Reader:
 
     def _plain(self, node: Node, name: str, place: Origin) -> None:
         if str(node.tag) != _PREFIX + name:
-            raise RecipeError(f"{place}: tags are not used here, got '{node.tag}'; write plain YAML")
+            raise RecipeError(f"{place}: tags are not used here, got '{printable(node.tag)}'; write plain YAML")
 
     def _mapping(self, node: MappingNode, path: Path) -> JsonValue:
         result: dict[str, JsonValue] = {}
@@ -161,7 +161,7 @@ class _Reader:
                 raise RecipeError(f"{place}: a key must be text, got {_shown_key(key_node)}; put it in quotes")
             below = (*path, key)
             if key in result:
-                raise RecipeError(f"{place}: duplicate key '{key}', first written at {self.keys[below]}; remove one of them")
+                raise RecipeError(f"{place}: duplicate key '{printable(key)}', first written at {self.keys[below]}; remove one of them")
             self.keys[below] = place
             self.values[below] = self.place(value_node) if value_node.start_mark.line == key_node.start_mark.line else place
             result[key] = self.read(value_node, below)
@@ -184,7 +184,7 @@ class _Reader:
             return self._number(tag, text, place)
         if tag == "merge":
             raise RecipeError(f"{place}: merge keys ('<<') are not used here; write the keys out")
-        raise RecipeError(f"{place}: tags are not used here, got '{node.tag}'; write plain YAML")
+        raise RecipeError(f"{place}: tags are not used here, got '{printable(node.tag)}'; write plain YAML")
 
     def _number(self, tag: str, text: str, place: Origin) -> int | float:
         digits = text.replace("_", "").lower()
@@ -193,7 +193,9 @@ class _Reader:
                 return int(digits, 0) if digits.lstrip("+-")[:2] in ("0x", "0o", "0b") else int(digits)
             number = float(digits)
         except ValueError as error:
-            raise RecipeError(f"{place}: '{text[:40]}' is not a number that can be used; write a finite decimal number") from error
+            raise RecipeError(
+                f"{place}: '{printable(text[:40])}' is not a number that can be used; write a finite decimal number"
+            ) from error
         if not math.isfinite(number):
-            raise RecipeError(f"{place}: '{text[:40]}' is not a finite number; write a finite decimal number")
+            raise RecipeError(f"{place}: '{printable(text[:40])}' is not a finite number; write a finite decimal number")
         return number
