@@ -5,8 +5,8 @@ from __future__ import annotations
 from tmc_export.engine.build import Builder, Progress, build_engine, probe
 from tmc_export.engine.bundle import EngineRecord, build_engines, engine_file, read_engines
 from tmc_export.engine.on_device import DeviceTarget, write_on_device_script
+from tmc_export.engine.options import EngineOptions, EngineReport, LayerInfo, Profile, Subgraph
 from tmc_export.engine.profiles import read_profiles
-from tmc_export.engine.types import EngineOptions, EngineReport, LayerInfo, Profile, Subgraph
 
 __all__ = [
     "Builder",

@@ -14,7 +14,7 @@ from tmc_export.core.errors import ExportError, LegalityError, ResourceError
 from tmc_export.engine._layers import activation_bytes, parse_layers
 from tmc_export.engine._memory import peak_rss_bytes
 from tmc_export.engine._versions import version_for
-from tmc_export.engine.types import EngineOptions, EngineReport, Profile
+from tmc_export.engine.options import EngineOptions, EngineReport, Profile
 
 __all__ = ["Job", "build"]
 
@@ -119,18 +119,18 @@ def _parse(trt: ModuleType, builder: Any, logger: Any, job: Job, row_flag: bool)
 def _add_profiles(builder: Any, network: Any, config: Any, job: Job) -> None:
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     for profile in job.profiles:
-        shapes = dict(profile.shapes)
+        shapes, where = dict(profile.shapes), f"{job.name}, profile '{profile.name}'"
         unknown = sorted(set(shapes) - {tensor.name for tensor in inputs})
         if unknown:
-            raise ExportError(f"{job.name}, profile '{profile.name}': the graph has no input {', '.join(unknown)}; build the bundle again")
+            raise ExportError(f"{where}: the graph has no input {', '.join(unknown)}; build the bundle again")
         made = builder.create_optimization_profile()
         for tensor in inputs:
             own = tuple(tensor.shape)
             shape = shapes.get(tensor.name, own)
             if any(size < 0 for size in shape) or len(shape) != len(own):
-                raise ExportError(f"{job.name}, profile '{profile.name}': input {tensor.name} {own} gets the shape {shape}; name every dimension")
+                raise ExportError(f"{where}: input {tensor.name} {own} gets the shape {shape}; name every dimension")
             if any(mine >= 0 and mine != size for mine, size in zip(own, shape, strict=True)):
-                raise ExportError(f"{job.name}, profile '{profile.name}': input {tensor.name} is {own} in the graph, the profile says {shape}")
+                raise ExportError(f"{where}: input {tensor.name} is {own} in the graph, the profile says {shape}")
             if any(size < 0 for size in own):
                 made.set_shape(tensor.name, shape, shape, shape)
         if config.add_optimization_profile(made) < 0:
@@ -181,7 +181,7 @@ def _serialize(trt: ModuleType, builder: Any, network: Any, config: Any, job: Jo
             return True
         return False
     except OSError as error:
-        raise ResourceError(f"{job.name}: the engine could not be written to '{job.out}': {error.strerror}; free disk space and retry") from error
+        raise ResourceError(f"{job.name}: cannot write the engine '{job.out}': {error.strerror}; free disk space and retry") from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 
 __all__ = ["CudaDevice", "cuda_device"]
@@ -28,7 +29,7 @@ def cuda_device() -> CudaDevice | None:
         return None
     device, major, minor, version = ctypes.c_int(), ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
     name, memory = ctypes.create_string_buffer(256), ctypes.c_size_t()
-    steps = (
+    steps: tuple[Callable[[], int], ...] = (
         lambda: cuda.cuInit(0),
         lambda: cuda.cuDriverGetVersion(ctypes.byref(version)),
         lambda: cuda.cuDeviceGet(ctypes.byref(device), 0),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from tmc_export.engine.types import LayerInfo
+from tmc_export.engine.options import LayerInfo
 
 __all__ = ["activation_bytes", "parse_layers"]
 

@@ -33,7 +33,8 @@ need_memory() { # name kib
   free="$(awk '/^MemAvailable:/ {print $2}' "$MEMINFO")"
   [ -n "$free" ] || die 5 "cannot read the free memory from $MEMINFO"
   if [ "$2" -gt "$free" ] && [ "${TMC_EXPORT_IGNORE_MEMORY:-0}" != 1 ]; then
-    die 5 "$1 needs about $(($2 / 1024)) MiB of memory to build and $((free / 1024)) MiB are free; close the desktop and other programs, add swap and set TMC_EXPORT_IGNORE_MEMORY=1, or build the bundle with more, smaller decoder blocks"
+    echo "close the desktop and other programs; or add swap and set TMC_EXPORT_IGNORE_MEMORY=1; or cut the decoder into more blocks" >&2
+    die 5 "$1 needs about $(($2 / 1024)) MiB of memory to build and $((free / 1024)) MiB are free"
   fi
 }
 
@@ -100,8 +101,9 @@ build() { # name key memory_kib disk_kib graph profiles [trtexec options]
 record() { # name key profiles
   local out="engines/$1.tensorrt.engine" capability
   capability="$(sed -n 's/.*Compute Capability: \([0-9]*\)\.\([0-9]*\).*/"SM\1\2"/p' "engines/$1.tensorrt.log" 2>/dev/null | head -n 1)"
-  printf '{"name": "%s", "flavour": "tensorrt", "version": "%s", "capabilities": [%s], "file": "%s", "bytes": %s, "sha256": "%s", "key": "%s", "profiles": %s}' \
-    "$1" "$VERSION" "$capability" "$out" "$(wc -c <"$out" | tr -d ' ')" "$(sha256sum "$out" | cut -d ' ' -f 1)" "$2" "$3"
+  printf '{"name": "%s", "flavour": "tensorrt", "version": "%s", "capabilities": [%s], ' "$1" "$VERSION" "$capability"
+  printf '"file": "%s", "bytes": %s, "sha256": "%s", "key": "%s", "profiles": %s}' \
+    "$out" "$(wc -c <"$out" | tr -d ' ')" "$(sha256sum "$out" | cut -d ' ' -f 1)" "$2" "$3"
 }
 
 write_records() {

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tmc_export.engine._build import Job
-from tmc_export.engine.types import EngineOptions, EngineReport, LayerInfo, Profile
+from tmc_export.engine.options import EngineOptions, EngineReport, LayerInfo, Profile
 
 __all__ = ["job_from_json", "job_to_json", "profiles_from", "report_fields", "report_from"]
 

@@ -16,7 +16,7 @@ from tmc_export.core.errors import ExportError, LegalityError, MissingExtraError
 from tmc_export.engine._build import build
 from tmc_export.engine._device import cuda_device
 from tmc_export.engine._wire import job_from_json, report_fields
-from tmc_export.engine.types import FLAVOURS
+from tmc_export.engine.options import FLAVOURS
 
 __all__ = ["main"]
 

@@ -21,7 +21,7 @@ from tmc_export.engine._memory import available_bytes, check_memory, estimate_by
 from tmc_export.engine._proto import GraphFacts, read_graph, with_plain_locations
 from tmc_export.engine._versions import check_graph, version_for
 from tmc_export.engine._wire import job_to_json, report_fields, report_from
-from tmc_export.engine.types import FLAVOURS, EngineOptions, EngineReport, Profile
+from tmc_export.engine.options import EngineOptions, EngineReport, Profile
 
 __all__ = ["Builder", "Progress", "build_engine", "probe", "weight_files"]
 
@@ -32,7 +32,10 @@ _ERRORS: dict[str, type[TmcError]] = {
     kind.__name__: kind for kind in (ExportError, LegalityError, MissingExtraError, ResourceError)
 }
 _ROOT = Path(__file__).resolve().parents[2]
-_EXTRAS = {"tensorrt-rtx": "install it with: pip install 'tmc-export[rtx]'", "tensorrt": "JetPack brings it; on a Jetson: sudo apt install nvidia-jetpack"}
+_EXTRAS = {
+    "tensorrt-rtx": "install it with: pip install 'tmc-export[rtx]'",
+    "tensorrt": "JetPack brings it; on a Jetson: sudo apt install nvidia-jetpack",
+}
 
 
 @dataclass(frozen=True)
@@ -196,8 +199,3 @@ def _save_layers(report: EngineReport) -> None:
     fields = {**report_fields(report), "path": report.path.name}
     partial.write_text(json.dumps(fields, indent=1) + "\n")
     os.replace(partial, target)
-
-
-# FLAVOURS names every flavour `_EXTRAS` must explain.
-if set(FLAVOURS) != set(_EXTRAS):
-    raise RuntimeError("every flavour of FLAVOURS needs a line in _EXTRAS")

@@ -13,8 +13,8 @@ from tmc_export.core.errors import BundleError
 from tmc_export.engine._proto import read_graph
 from tmc_export.engine._wire import report_from
 from tmc_export.engine.build import Builder, Progress, build_engine, probe, weight_files
+from tmc_export.engine.options import EngineOptions, EngineReport, Subgraph
 from tmc_export.engine.profiles import read_profiles
-from tmc_export.engine.types import EngineOptions, EngineReport, Subgraph
 
 __all__ = ["ENGINES", "EngineRecord", "build_engines", "engine_file", "file_sha256", "read_engines", "subgraph_key"]
 
@@ -148,6 +148,7 @@ def build_engines(
                 precision=subgraph.precision,
                 builder=builder,
             )
+            report = replace(report, path=bundle_dir / file)
             digest = file_sha256(report.path)
             records[place] = EngineRecord(
                 subgraph.name, options.flavour, report.version, report.capabilities, file, report.size, digest, key, report.profiles

@@ -15,8 +15,8 @@ from tmc_export.engine._script import FOOT, HEAD
 from tmc_export.engine._versions import check_graph, version_for
 from tmc_export.engine.build import weight_files
 from tmc_export.engine.bundle import subgraph_key
+from tmc_export.engine.options import EngineOptions, Profile, Subgraph
 from tmc_export.engine.profiles import read_profiles
-from tmc_export.engine.types import EngineOptions, Profile, Subgraph
 
 __all__ = ["SCRIPT", "DeviceTarget", "trtexec_arguments", "write_on_device_script"]
 
@@ -55,7 +55,7 @@ def _shape_list(profile: Profile, facts: GraphFacts, name: str) -> str:
         if item.name not in shapes:
             raise ExportError(f"{name}, profile '{profile.name}': no shape for the dynamic input {item.name}; build the bundle again")
         if any(mark in item.name for mark in ":,' \t"):
-            raise ExportError(f"{name}: trtexec cannot be given a shape for an input named '{item.name}'; rename it without ':', ',' or quotes")
+            raise ExportError(f"{name}: trtexec takes no shape for an input named '{item.name}'; rename it without ':', ',' or quotes")
         parts.append(f"{item.name}:{'x'.join(map(str, shapes[item.name]))}")
     return ",".join(parts)
 

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from tmc_export.core.errors import BundleError
 from tmc_export.engine._wire import profiles_from
-from tmc_export.engine.types import Subgraph
+from tmc_export.engine.options import Subgraph
 
 __all__ = ["PROFILES", "read_profiles"]
 
@@ -30,7 +30,10 @@ def read_profiles(bundle: Path) -> tuple[Subgraph, ...]:
     except OSError as error:
         raise BundleError(f"'{path}' cannot be read ({error.strerror}); is '{bundle}' a bundle? build it again") from error
     except (KeyError, TypeError, ValueError) as error:
-        raise BundleError(f"'{path}' is not of the form this version writes ({type(error).__name__}: {error}); build the bundle again") from error
+        what = f"{type(error).__name__}: {error}"
+        raise BundleError(f"'{path}' is not of the form this version writes ({what}); build the bundle again") from error
+    if not subgraphs:
+        raise BundleError(f"'{path}' names no subgraph; build the bundle again")
     names = [subgraph.name for subgraph in subgraphs]
     for subgraph in subgraphs:
         parts = PurePosixPath(subgraph.onnx)

@@ -48,7 +48,8 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         if self.flavour not in FLAVOURS:
-            raise LegalityError(f"no engine of kind '{self.flavour}'{nearest(self.flavour, FLAVOURS)}; choose one of: {', '.join(FLAVOURS)}")
+            guess = nearest(self.flavour, FLAVOURS)
+            raise LegalityError(f"no engine of kind '{self.flavour}'{guess}; choose one of: {', '.join(FLAVOURS)}")
         if self.verbosity not in _VERBOSITIES:
             raise LegalityError(f"verbosity '{self.verbosity}' is unknown; choose one of: {', '.join(_VERBOSITIES)}")
         if not 0 <= self.builder_optimization_level <= 5:
