@@ -76,9 +76,9 @@ class Sampler:
         if self.sampling.temperature == 0:
             return int(np.argmax(logits))
         cumulated = np.cumsum(probabilities(logits, self.sampling))
-        # The draw lies below the sum even after rounding; the first id whose sum exceeds it has a share of its own, so never probability 0.
-        draw = min(self._random.random() * cumulated[-1], np.nextafter(cumulated[-1], 0.0))
-        return int(np.searchsorted(cumulated, draw, side="right"))
+        # The draw is at most 1 - 2**-53, so the product lies below the sum also after rounding; and the first id whose sum exceeds it has a
+        # share of its own, so never probability 0.
+        return int(np.searchsorted(cumulated, self._random.random() * cumulated[-1], side="right"))
 
 
 def probabilities(logits: NDArray[np.floating], sampling: Sampling) -> NDArray[np.float64]:
