@@ -73,7 +73,7 @@ class DecoderBlock(nn.Module):
             for i in layers:
                 hidden = self._parts.run(i, hidden, rotary)
         if self.norm is not None and self.head is not None and last is not None:
-            row = hidden.gather(1, last[:, None, None].expand(-1, 1, hidden.shape[2]))
-            hidden = self.head(self.norm(row))[:, 0]
+            row = hidden.gather(1, last[:, None, None].expand(-1, 1, hidden.shape[2]))[:, 0]
+            hidden = self.head(self.norm(row))  # on [b, c] it traces to Gemm, which reads the tied table as it is stored
         new = [t for i in layers for t in (state.keys[i], state.values[i])]
         return (hidden, *[state.queries[i] for i in sorted(self.plan.query_rows)], *new)

@@ -1,0 +1,233 @@
+"""Plan → the static subgraphs of `onnx/`, the symbolic blocks of `engines/`, and the program that says when each runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from tmc_export.bundle.program import BlockProgram, CutProgram, GraphPhase, PhaseName, Program, VisionProgram
+from tmc_export.export.capture import capture
+from tmc_export.export.checkpoint import Checkpoint, open_checkpoint
+from tmc_export.export.skeleton import make_skeleton
+from tmc_export.export.store import WeightStore
+from tmc_export.families import FAMILIES
+from tmc_export.families._contract import DecoderParts, Family, ModelFiles
+from tmc_export.passes.pipeline import clean, specialize
+from tmc_export.plan.types import BlockPlan, CutPlan, Plan, VisionPlan
+from tmc_export.surgery.attention import register_attention
+from tmc_export.surgery.block import DecoderBlock
+from tmc_export.surgery.cut import Cut
+from tmc_export.surgery.embed import Embed
+from tmc_export.surgery.vision import Vision
+
+__all__ = ["Exported", "export_subgraphs"]
+
+Progress = Callable[[str], None]
+_T, _P = 5, 7
+"""Sizes of the traced examples; any two numbers above 1 that differ do."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export_subgraphs` made: the program, and per block the shapes of its phases for the engine builder."""
+
+    program: Program
+    profiles: list[dict[str, Any]]
+
+
+class _Exporter:
+    def __init__(self, plan: Plan, files: ModelFiles, folder: Path, config: Any, out: Path, fit: str | None, progress: Progress) -> None:
+        self.plan, self.files, self.out, self.fit, self.progress = plan, files, out, fit, progress
+        self.dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[plan.dtype]
+        self.model: nn.Module = make_skeleton(config, self.dtype, register_attention())
+        self.checkpoint: Checkpoint = open_checkpoint(folder, self.model)
+        self.family: type[Family] = FAMILIES.get(plan.facts.family)
+        self.parts: DecoderParts = self.family.decoder(self.model)
+        self.onnx, self.engines = out / "onnx", out / "engines"
+        self.onnx.mkdir(parents=True, exist_ok=True)
+        self.store = WeightStore(self.onnx)
+        self.profiles: list[dict[str, Any]] = []
+
+    # ------------------------------------------------------------------------------------------------------ tracing
+    def _trace(self, module: Any, inputs: list[Tensor], names: tuple[list[str], list[str]], symbols: list[dict[int, str] | None]) -> ir.Model:
+        model = capture(
+            module, inputs, input_names=names[0], output_names=names[1], symbols=symbols, model=self.model, checkpoint=self.checkpoint
+        )
+        return clean(model)
+
+    def _save(self, model: ir.Model, name: str, sizes: dict[str, int]) -> str:
+        static = specialize(model, sizes, name)
+        path = self.onnx / f"{name}.onnx"
+        ir.save(static, path)
+        return f"onnx/{name}.onnx"
+
+    # ------------------------------------------------------------------------------------------------------- parts
+    def vision(self, plan: VisionPlan) -> VisionProgram:
+        name = f"vision_{plan.index}"
+        self.progress(name)
+        rule = self.family.image_rule(self.files, plan.size, self.fit)
+        module = Vision(self.family.vision(self.model, plan.size, plan.grid), plan)
+        pixels = torch.zeros(self.plan.batch, *rule.shape, dtype=self.dtype)
+        model = self._trace(module, [pixels], (["pixels"], module.output_names()), [None])
+        self.store.externalize(model, "vision.data")
+        file = self._save(model, name, {})
+        self.profiles.append({"name": name, "onnx": file, "precision": self.plan.dtype, "profiles": [{"name": "static", "shapes": {}}]})
+        return VisionProgram(
+            file=file,
+            tokens=plan.tokens,
+            full_grid=plan.facts.visual_grid,
+            grid=plan.out_grid,
+            stages=tuple(s.method for s in plan.stages),
+            rule=rule.to_json(),  # type: ignore[arg-type]
+        )
+
+    def embed(self) -> dict[PhaseName, GraphPhase]:
+        self.progress("embed")
+        module = Embed(self.parts)
+        ids = torch.zeros(self.plan.batch, _T, dtype=torch.long)
+        model = self._trace(module, [ids], (["input_ids"], ["hidden"]), [{1: "T"}])
+        self.store.externalize(model, "embed.data")
+        sizes: dict[PhaseName, int] = {"prefill": self.plan.images * self._visual() + self.plan.text_tokens, "chunk": self.plan.chunk, "decode": 1}
+        return {phase: GraphPhase(file=self._save(model, f"embed_{phase}", {"T": t}), tokens=t) for phase, t in sizes.items()}
+
+    def _visual(self) -> int:
+        return max((v.tokens for v in self.plan.vision), default=0)
+
+    def block(self, plan: BlockPlan) -> BlockProgram:
+        name = f"block_{plan.index}"
+        self.progress(name)
+        module = DecoderBlock(self.parts, plan, self.plan.windows)
+        inputs, symbols = self._block_inputs(plan, module.needs_last)
+        names = (module.input_names(), module.output_names())
+        model = self._trace(module, inputs, names, symbols)
+        self.store.externalize(model, f"{name}.data")
+        phases: dict[PhaseName, tuple[int, int]] = {
+            "prefill": (plan.tokens, 0), "chunk": (self.plan.chunk, plan.capacity), "decode": (1, plan.capacity),
+        }  # fmt: skip
+        programs = {
+            phase: GraphPhase(file=self._save(model, f"{name}_{phase}", {"T": t, "P": p}), tokens=t, past=p) for phase, (t, p) in phases.items()
+        }
+        self._symbolic(model, name, phases, names[0], inputs, symbols)
+        return BlockProgram(
+            index=plan.index, first=plan.first, last=plan.last, tokens=plan.tokens, capacity=plan.capacity,
+            query_rows=dict(plan.query_rows), head=plan.head, phases=programs,
+        )  # fmt: skip
+
+    def _block_inputs(self, plan: BlockPlan, last: bool) -> tuple[list[Tensor], list[dict[int, str] | None]]:
+        b, d = self.plan.batch, self.plan.facts.decoder
+        long, flag = torch.long, torch.bool
+        inputs = [
+            torch.zeros(b, _T, d.width, dtype=self.dtype), torch.zeros(d.rope_axes, b, _T, dtype=long), torch.zeros(b, _T, dtype=long),
+            torch.ones(b, _T, dtype=flag), torch.zeros(b, _P, dtype=long), torch.ones(b, _P, dtype=flag),
+        ]  # fmt: skip
+        symbols: list[dict[int, str] | None] = [{1: "T"}, {2: "T"}, {1: "T"}, {1: "T"}, {1: "P"}, {1: "P"}]
+        if last:
+            inputs.append(torch.zeros(b, dtype=long))
+            symbols.append(None)
+        for _ in range(2 * (plan.last - plan.first)):
+            inputs.append(torch.zeros(b, d.kv_heads, _P, d.head_dim, dtype=self.dtype))
+            symbols.append({2: "P"})
+        return inputs, symbols
+
+    def _symbolic(
+        self, model: ir.Model, name: str, phases: dict[PhaseName, tuple[int, int]], names: list[str], inputs: list[Tensor], symbols: list[dict[int, str] | None]
+    ) -> None:
+        """Keep the symbolic block for the engine builder, with the shapes of its phases."""
+        self.engines.mkdir(exist_ok=True)
+        symbolic = model.clone()
+        symbolic.graph.name = name
+        for value in symbolic.graph.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor):
+                value.const_value = ir.ExternalTensor(
+                    f"../onnx/{tensor.location}", tensor.offset, tensor.length, tensor.dtype,
+                    shape=tensor.shape, name=tensor.name or "", base_dir=self.engines,
+                )  # fmt: skip
+        ir.save(symbolic, self.engines / f"{name}.onnx")
+        profiles = []
+        for phase, (t, p) in phases.items():
+            if phase == "decode":
+                t = self.plan.decode_width
+            size = {"T": t, "P": p}
+            shapes = {
+                n: [size[axes[i]] if axes and i in axes else int(s) for i, s in enumerate(x.shape)] for n, x, axes in zip(names, inputs, symbols, strict=True)
+            }
+            profiles.append({"name": phase, "shapes": shapes})
+        precision = "int4" if "decoder" in self.plan.quantize and self.plan.quantize["decoder"].weights == "int4" else self.plan.dtype
+        self.profiles.append({"name": name, "onnx": f"engines/{name}.onnx", "precision": precision, "profiles": profiles})
+
+    def cut(self, plan: CutPlan) -> CutProgram:
+        name = f"compress_{plan.before_block}"
+        self.progress(name)
+        module = Cut(self.parts, plan, self.plan.images, self.plan.facts, self.plan.windows)
+        inputs = self._cut_inputs(module, plan)
+        names = (module.input_names(), module.output_names())
+        model = self._trace(module, inputs, names, [None] * len(inputs))
+        self.store.externalize(model, f"{name}.data")
+        file = self._save(model, name, {})
+        self.profiles.append({"name": name, "onnx": file, "precision": self.plan.dtype, "profiles": [{"name": "static", "shapes": {}}]})
+        return CutProgram(
+            before_block=plan.before_block, layer=plan.layer, file=file, tokens_in=plan.tokens_in, tokens_out=plan.tokens_out,
+            visual_in=plan.visual_in, visual_out=plan.visual_out, positions=plan.positions, previous=bool(module.previous), next=bool(module.next),
+            kv=tuple(sorted({i for s in plan.stages for i in s.after.kv_rows})), methods=tuple(s.method for s in plan.stages),
+        )  # fmt: skip
+
+    def _cut_inputs(self, module: Cut, plan: CutPlan) -> list[Tensor]:
+        b, d, s, n = self.plan.batch, self.plan.facts.decoder, plan.tokens_in, plan.visual_in
+        long, flag = torch.long, torch.bool
+        inputs = [
+            torch.zeros(b, s, d.width, dtype=self.dtype), torch.zeros(d.rope_axes, b, s, dtype=long), torch.zeros(b, s, dtype=long),
+            torch.ones(b, s, dtype=flag), torch.zeros(b, s, dtype=long), torch.zeros(b, n, dtype=long), torch.ones(b, n, dtype=flag),
+            torch.zeros(b, dtype=long),
+        ]  # fmt: skip
+        if module.previous:
+            before = self.plan.blocks[plan.before_block - 1]
+            rows = 1 if before.query_rows[plan.layer - 1] == "last" else s
+            c = before.capacity
+            inputs += [
+                torch.zeros(b, s, dtype=long), torch.zeros(b, c, dtype=long), torch.ones(b, c, dtype=flag),
+                torch.zeros(b, d.heads, rows, d.head_dim, dtype=self.dtype), torch.zeros(b, d.kv_heads, c, d.head_dim, dtype=self.dtype),
+            ]  # fmt: skip
+        if module.next:
+            c = self.plan.blocks[plan.before_block].capacity
+            inputs += [
+                torch.zeros(b, c, dtype=long), torch.ones(b, c, dtype=flag), torch.zeros(b, d.kv_heads, c, d.head_dim, dtype=self.dtype),
+            ]  # fmt: skip
+        return inputs
+
+
+def export_subgraphs(plan: Plan, files: ModelFiles, folder: Path, config: Any, out: Path, fit: str | None, progress: Progress) -> Exported:
+    """Export every subgraph of a plan.
+
+    Args:
+        plan: what to export.
+        files: the model's JSON files.
+        folder: the model folder with its weights.
+        config: its transformers configuration.
+        out: the bundle's (temporary) folder; `onnx/` and `engines/` are made in it.
+        fit: the recipe's picture rule, or None for the family's own.
+        progress: called with the name of each subgraph before it is made.
+
+    Raises:
+        ModelError: weights are missing or damaged.
+        ExportError: a part cannot be lowered.
+    """
+    work = _Exporter(plan, files, folder, config, out, fit, progress)
+    vision = tuple(work.vision(v) for v in plan.vision)
+    embed = work.embed()
+    blocks = tuple(work.block(b) for b in plan.blocks)
+    cuts = tuple(work.cut(c) for c in plan.cuts)
+    d, rules = plan.facts.decoder, work.family.tokens(files)
+    program = Program(
+        family=plan.facts.family, dtype="float16" if plan.dtype == "float16" else "float32", batch=plan.batch, images=plan.images, width=d.width,
+        vocabulary=d.vocabulary, heads=d.heads, kv_heads=d.kv_heads, head_dim=d.head_dim, rope_axes=d.rope_axes,
+        position_rule=work.family.position_rule(files), text_tokens=plan.text_tokens, new_tokens=plan.new_tokens, chunk=plan.chunk, turns=plan.turns,
+        image_token=rules.image, image_text=rules.image_text, eos=rules.eos, vision=vision, embed=embed, blocks=blocks, cuts=cuts,
+    )  # fmt: skip
+    return Exported(program, work.profiles)

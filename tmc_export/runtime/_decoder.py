@@ -1,0 +1,293 @@
+"""The decoder of a bundle: blocks and cuts in order, for a whole turn or for one token.
+
+Legend: n tokens of the turn, S a prompt's bucket, C slots, r rotary axes, c channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from tmc_export.bundle.program import BlockProgram, CutProgram, Program
+from tmc_export.core.errors import BundleError, RuntimeInputError
+from tmc_export.runtime._backend import Backend, Graph
+from tmc_export.runtime._slots import BlockSlots
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+
+__all__ = ["Decoder", "Route", "TurnTrace"]
+
+Route = Literal["auto", "whole", "chunked"]
+
+
+@dataclass
+class TurnTrace:
+    """What a turn did.
+
+    Attributes:
+        logits: float `[vocabulary]` of the last token.
+        kept: (block, stage) → int64 `[m·k]`, place among the candidates that arrived, -1 = none.
+        route: which graphs ran.
+    """
+
+    logits: Array
+    kept: dict[tuple[int, int], Array] = field(default_factory=dict)
+    route: str = ""
+
+
+@dataclass
+class _Flow:
+    """What moves from block to block, unpadded."""
+
+    hidden: Array  # [n, c]
+    positions: Array  # [r, n]
+    order: Array  # [n]
+    group: Array  # [n]
+    next_position: int
+
+    @property
+    def count(self) -> int:
+        return int(self.hidden.shape[0])
+
+
+class Decoder:
+    """Blocks, cuts and KV slots of one conversation.
+
+    Args:
+        program: from the manifest.
+        backend: opens the graphs.
+    """
+
+    def __init__(self, program: Program, backend: Backend) -> None:
+        self.program, self._backend = program, backend
+        self.slots = [BlockSlots(block, program) for block in program.blocks]
+        self.length = 0
+
+    def reset(self) -> None:
+        """Start a new conversation."""
+        for slots in self.slots:
+            slots.reset()
+        self.length = 0
+
+    @property
+    def next_position(self) -> int:
+        """Rotary position of the next token before the first cut."""
+        return self.slots[0].next_position
+
+    def room(self) -> int:
+        """Tokens that may still be generated before a block is full."""
+        return min(s.block.capacity - s.used for s in self.slots)
+
+    def graphs(self, phases: tuple[Literal["prefill", "chunk", "decode"], ...] = ("prefill", "decode")) -> None:
+        """Load graphs ahead of their first use."""
+        for phase in phases:
+            self._backend.graph(self.program.embed[phase].file)
+            for block in self.program.blocks:
+                self._backend.graph(block.phases[phase].file)
+        for cut in self.program.cuts:
+            self._backend.graph(cut.file)
+
+    # ---------------------------------------------------------------------------------------------------- embedding
+    def embed(self, ids: Array) -> Array:
+        """Look up tokens: int64 `[n]` → `[n, c]`."""
+        rows = []
+        phase: Literal["prefill", "chunk"] = "prefill" if ids.shape[0] > self.program.embed["chunk"].tokens else "chunk"
+        spec = self.program.embed[phase]
+        for start in range(0, ids.shape[0], spec.tokens):
+            part = ids[start : start + spec.tokens]
+            out = self._backend.graph(spec.file).run({"input_ids": _pad(part, spec.tokens)[None]})["hidden"]
+            rows.append(out[0, : part.shape[0]])
+        return np.concatenate(rows) if rows else np.zeros((0, self.program.width), self.program.dtype)
+
+    # ---------------------------------------------------------------------------------------------------------- turn
+    def turn(self, hidden: Array, positions: Array, group: Array, next_position: int, route: Route = "auto") -> TurnTrace:
+        """Take a whole turn.
+
+        Args:
+            hidden: `[n, c]`, visual tokens in place.
+            positions: int64 `[r, n]`.
+            group: int `[n]`, 0 for text, i + 1 for picture i of this turn.
+            next_position: position of the token after the turn.
+            route: `whole` runs the prefill graphs on the bucket, `chunked` the chunk graphs; `auto` takes the cheaper that applies.
+
+        Raises:
+            RuntimeInputError: the turn does not fit.
+        """
+        flow = _Flow(hidden.astype(self.program.dtype), positions, self.length + np.arange(hidden.shape[0]), group, next_position)
+        chosen = self._route(flow, route)
+        pictures = bool((group > 0).any())
+        for index, slots in enumerate(self.slots):
+            if index == 0 or self.program.cut_before(index) is None:
+                slots.check_room(flow.count)
+        trace = TurnTrace(np.zeros(0), route=chosen)
+        queries: dict[str, Array] = {}
+        previous_start = 0
+        for index, slots in enumerate(self.slots):
+            if (cut := self.program.cut_before(index)) is not None:
+                if pictures:
+                    flow = self._cut(cut, flow, queries, previous_start, trace)
+                if cut.positions == "renumber":
+                    start = slots.next_position
+                    flow.positions = np.broadcast_to(start + np.arange(flow.count), (self.program.rope_axes, flow.count))
+                    flow.next_position = start + flow.count
+            slots.check_room(flow.count)
+            previous_start = slots.used
+            queries = self._block(slots, flow, chosen, trace)
+            slots.next_position = flow.next_position
+        self.length += int(hidden.shape[0])
+        return trace
+
+    def _route(self, flow: _Flow, route: Route) -> str:
+        empty = all(s.used == 0 for s in self.slots)
+        fits = flow.count <= self.program.blocks[0].tokens
+        if route == "whole" and not (empty and fits):
+            why = "the conversation has begun" if not empty else f"{flow.count} tokens exceed the bucket of {self.program.blocks[0].tokens}"
+            raise RuntimeInputError(f"route 'whole' does not apply: {why}; use 'auto' or 'chunked'")
+        if not fits and bool((flow.group > 0).any()):
+            raise RuntimeInputError(
+                f"the prompt has {flow.count} tokens, the bucket holds {self.program.blocks[0].tokens} "
+                f"({self.program.images} pictures and {self.program.text_tokens} text tokens); shorten it, or build with a larger inputs.text_tokens"
+            )
+        if route == "auto":
+            return "whole" if empty and fits and flow.count > self.program.chunk else "chunked"
+        return route
+
+    def _block(self, slots: BlockSlots, flow: _Flow, route: str, trace: TurnTrace) -> dict[str, Array]:
+        """Run one block over the flow; returns its query rows."""
+        spec = slots.block.phases["prefill" if route == "whole" else "chunk"]
+        graph = self._backend.graph(spec.file)
+        step = spec.tokens
+        parts: list[Array] = []
+        rows: dict[str, list[Array]] = {}
+        for start in range(0, flow.count, step):
+            piece = slice(start, min(start + step, flow.count))
+            out = self._run(graph, slots, flow, piece, step)
+            parts.append(out["logits"] if slots.block.head else out["hidden_out"][0, : piece.stop - piece.start])
+            for name in (n for n in out if n.startswith("query.")):
+                rows.setdefault(name, []).append(out[name])
+        if slots.block.head:
+            trace.logits = parts[-1][0].astype(np.float32)
+        else:
+            flow.hidden = np.concatenate(parts)
+        return {n: self._rows(slots.block, n, found, flow.count) for n, found in rows.items()}
+
+    def _rows(self, block: BlockProgram, name: str, found: list[Array], count: int) -> Array:
+        if block.query_rows[int(name.split(".")[1])] == "last":
+            return found[-1]
+        return np.concatenate(found, axis=2)[:, :, :count]
+
+    def _run(self, graph: Graph, slots: BlockSlots, flow: _Flow, piece: slice, width: int) -> dict[str, Array]:
+        count = piece.stop - piece.start
+        order = flow.order[piece]
+        feed = {
+            "hidden": _pad(flow.hidden[piece], width)[None],
+            "positions": _pad(flow.positions[:, piece].T, width).T[:, None].copy(),
+            "order": _pad(order, width, -1)[None],
+            "valid": (np.arange(width) < count)[None],
+            "last": np.array([count - 1]),
+            **slots.feed(),
+        }
+        out = graph.run(feed)
+        slots.write(out, order)
+        return out
+
+    # ----------------------------------------------------------------------------------------------------------- cut
+    def _cut(self, cut: CutProgram, flow: _Flow, queries: dict[str, Array], start: int, trace: TurnTrace) -> _Flow:
+        """Compress the visual tokens of this turn."""
+        size, count = cut.tokens_in, flow.count
+        places, alive = self._candidates(cut, flow)
+        feed: dict[str, Array] = {
+            "hidden": _pad(flow.hidden, size)[None],
+            "positions": _pad(flow.positions.T, size).T[:, None].copy(),
+            "order": _pad(flow.order, size, -1)[None],
+            "valid": (np.arange(size) < count)[None],
+            "group": _pad(flow.group, size)[None].astype(np.int64),
+            "candidates": places[None],
+            "candidate_valid": alive[None],
+            "last": np.array([count - 1]),
+        }
+        if cut.previous:
+            before = self.slots[cut.before_block - 1]
+            layer = cut.layer - 1
+            query = queries[f"query.{layer}"]
+            if before.block.query_rows[layer] == "all":
+                query = _pad(query[0].swapaxes(0, 1), size).swapaxes(0, 1)[None].copy()
+            feed |= {"slots": _pad(start + np.arange(count), size)[None], "slot_order": before.order, "slot_valid": before.valid}
+            feed |= {f"query.{layer}": query, f"key.{layer}": before.key(layer)}
+        if cut.next:
+            after = self.slots[cut.before_block]
+            feed |= {"next_order": after.order, "next_valid": after.valid, f"next_key.{cut.layer}": after.key(cut.layer)}
+        out = self._backend.graph(cut.file).run(feed)
+        for stage in range(len(cut.methods)):
+            trace.kept[(cut.before_block, stage)] = out[f"kept.{stage}"][0]
+        self._prune_earlier(cut, out, start, count)
+        left = int(out["valid_out"][0].sum())
+        source = out["source"][0, :left]
+        return _Flow(out["hidden_out"][0, :left], flow.positions[:, source], flow.order[source], flow.group[source], flow.next_position)
+
+    def _candidates(self, cut: CutProgram, flow: _Flow) -> tuple[Array, Array]:
+        """Places of the visual tokens, per picture padded to the bucket: int64 and bool `[m·v]`."""
+        each = cut.visual_in // self.program.images
+        places, alive = np.zeros((self.program.images, each), np.int64), np.zeros((self.program.images, each), np.bool_)
+        for picture in range(int(flow.group.max())):
+            found = np.flatnonzero(flow.group == picture + 1)
+            if picture >= self.program.images or found.shape[0] > each:
+                raise RuntimeInputError(f"picture {picture + 1} brings {found.shape[0]} tokens; the bundle takes {self.program.images} picture(s) of {each}")
+            places[picture, : found.shape[0]], alive[picture, : found.shape[0]] = found, True
+        return places.reshape(-1), alive.reshape(-1)
+
+    def _prune_earlier(self, cut: CutProgram, out: dict[str, Array], start: int, count: int) -> None:
+        """Drop KV rows of earlier blocks that the method does not keep."""
+        masks = {layer: out[f"kv.{layer}"][0, :count] for layer in cut.kv}
+        for slots in self.slots[: cut.before_block]:
+            layers = [i for i in range(slots.block.first, slots.block.last) if i in masks]
+            if not layers:
+                continue
+            if len(layers) != slots.block.last - slots.block.first or any((masks[i] != masks[layers[0]]).any() for i in layers):
+                raise BundleError(f"the layers of block {slots.block.index} keep different KV rows, which share one slot table; build the bundle again")
+            slots.compact(start, masks[layers[0]])
+
+    # ---------------------------------------------------------------------------------------------------------- step
+    def step(self, token: int) -> Array:
+        """Take one generated token and return the logits after it, float `[vocabulary]`.
+
+        Raises:
+            RuntimeInputError: the context is full.
+        """
+        for slots in self.slots:
+            slots.check_room(1)
+        embed = self.program.embed["decode"]
+        hidden = self._backend.graph(embed.file).run({"input_ids": np.array([[token]], np.int64)})["hidden"]
+        order = np.array([self.length], np.int64)
+        logits: Array = np.zeros(0)
+        for slots in self.slots:
+            feed = {
+                "hidden": hidden,
+                "positions": np.full((self.program.rope_axes, 1, 1), slots.next_position, np.int64),
+                "order": order[None],
+                "valid": np.ones((1, 1), np.bool_),
+                "last": np.zeros(1, np.int64),
+                **slots.feed(),
+            }
+            out = self._backend.graph(slots.block.phases["decode"].file).run(feed)
+            slots.write(out, order)
+            slots.next_position += 1
+            if slots.block.head:
+                logits = out["logits"][0].astype(np.float32)
+            else:
+                hidden = out["hidden_out"]
+        self.length += 1
+        return logits
+
+
+def _pad(rows: Array, size: int, value: int = 0) -> Array:
+    """Fill axis 0 up to `size`."""
+    missing = size - rows.shape[0]
+    if missing == 0:
+        return np.ascontiguousarray(rows)
+    return np.concatenate([rows, np.full((missing, *rows.shape[1:]), value, rows.dtype)])

@@ -1,0 +1,69 @@
+"""Graphs on onnxruntime's CPU provider."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnxruntime as ort
+
+from tmc_export.bundle.read import path_in
+from tmc_export.core.errors import BundleError, ResourceError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+
+__all__ = ["OnnxRuntimeBackend"]
+
+
+class _OrtGraph:
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self._session = session
+        self.inputs = tuple(i.name for i in session.get_inputs())
+        self._outputs = [o.name for o in session.get_outputs()]
+
+    def run(self, feed: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once; arrays are read in place."""
+        values = self._session.run(self._outputs, {name: feed[name] for name in self.inputs})
+        return dict(zip(self._outputs, values, strict=True))
+
+
+class OnnxRuntimeBackend:
+    """Opens one session per graph, at first use.
+
+    Args:
+        folder: the bundle.
+        threads: threads inside an operator; None: onnxruntime's choice.
+    """
+
+    name = "onnxruntime"
+
+    def __init__(self, folder: Path, threads: int | None = None) -> None:
+        self._folder = folder
+        self._threads = threads
+        self._graphs: dict[str, _OrtGraph] = {}
+
+    def graph(self, file: str) -> _OrtGraph:
+        """Return the graph of a bundle file.
+
+        Raises:
+            BundleError: onnxruntime refuses the file.
+            ResourceError: not enough memory to load it.
+        """
+        if file not in self._graphs:
+            options = ort.SessionOptions()
+            options.log_severity_level = 3
+            if self._threads is not None:
+                options.intra_op_num_threads = self._threads
+            path = path_in(self._folder, file)
+            try:
+                session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            except MemoryError as error:
+                raise ResourceError(f"not enough memory to load {path}; free memory or compress and quantize more") from error
+            except Exception as error:  # onnxruntime raises classes of its own C++ module that share no documented base
+                raise BundleError(f"onnxruntime {ort.__version__} cannot load {path}: {str(error).splitlines()[0]}") from error
+            self._graphs[file] = _OrtGraph(session)
+        return self._graphs[file]

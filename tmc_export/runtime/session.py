@@ -1,0 +1,342 @@
+"""A loaded bundle: answers questions about pictures, streams, keeps a conversation. Loads once, answers many frames."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tmc_export.bundle.manifest import Manifest
+from tmc_export.bundle.read import check_files, open_manifest
+from tmc_export.core.errors import RuntimeInputError
+from tmc_export.core.image_rule import ImageRule
+from tmc_export.runtime._backend import open_backend
+from tmc_export.runtime._chat import ChatTemplate, expand_image_tokens, place_images
+from tmc_export.runtime._decoder import Decoder, Route, TurnTrace
+from tmc_export.runtime._images import ImageLike, choose_bucket, load_image, prepare
+from tmc_export.runtime._mrope import mrope_positions
+from tmc_export.runtime._sampling import Sampler, Sampling, StopStrings
+from tmc_export.runtime._tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+
+__all__ = ["Answer", "Prompt", "Session", "Timings", "load"]
+
+_HASHED_BYTES = 64 << 20
+"""Files up to this size are hashed at every load; larger ones only by `verify`, their size always."""
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Milliseconds.
+
+    Attributes:
+        vision_ms: pictures prepared and encoded.
+        first_token_ms: from the prompt to the first token, vision included.
+        token_ms: median of the later tokens; 0 when there was none.
+    """
+
+    vision_ms: float
+    first_token_ms: float
+    token_ms: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer.
+
+    Attributes:
+        text: without special tokens.
+        tokens: ids, the end token included where one came.
+        finish: `eos`, `length`, `stop` (a stop string) or `context` (no slot is free).
+        prompt_tokens: tokens of the turn as the decoder got them, visual tokens included.
+        visual_tokens: visual tokens after each block's cut, block by block.
+        kept: `"<block>.<stage>"` → per picture, the kept places among the tokens that arrived there.
+        timings: see `Timings`.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    finish: str
+    prompt_tokens: int
+    visual_tokens: tuple[int, ...]
+    kept: dict[str, tuple[tuple[int, ...], ...]]
+    timings: Timings
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A turn, encoded: what the decoder takes.
+
+    Attributes:
+        ids: int64 `[n]`, one image token id per visual token.
+        group: int `[n]`.
+        positions: int64 `[r, n]`.
+        next_position: after the turn.
+        pixels: per picture, the prepared input, with its bucket.
+        tokens: per picture, visual tokens `[v, c]`.
+        sources: per picture, per vision stage, `[k]`.
+    """
+
+    ids: Array
+    group: Array
+    positions: Array
+    next_position: int
+    pixels: tuple[tuple[int, Array], ...]
+    tokens: tuple[Array, ...] = ()
+    sources: tuple[tuple[Array, ...], ...] = ()
+
+
+class Session:
+    """A bundle that is ready to answer; made by `load`.
+
+    Attributes:
+        folder, manifest, program: the bundle.
+        decoder: blocks and slots of the conversation.
+        tokenizer, template: text side; `template` is None where the model has none.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, backend: str, threads: int | None) -> None:
+        self.folder, self.manifest, self.program = folder, manifest, manifest.program
+        self._backend = open_backend(backend, folder, threads)
+        self.decoder = Decoder(self.program, self._backend)
+        self.tokenizer = Tokenizer(folder / "model")
+        self.template = ChatTemplate.from_folder(folder / "model", self.tokenizer.special_tokens)
+        self._rules = [ImageRule.from_json(dict(v.rule)) for v in self.program.vision]
+        self._messages: list[dict[str, object]] = []
+        self._said = self._answered = ""
+        self._unfed: tuple[int, ...] = ()
+        for vision in self.program.vision:
+            self._backend.graph(vision.file)
+        self.decoder.graphs()
+
+    def reset(self) -> None:
+        """Start a new conversation."""
+        self.decoder.reset()
+        self._messages, self._said, self._answered, self._unfed = [], "", "", ()
+
+    # ------------------------------------------------------------------------------------------------------- inputs
+    def encode_images(self, images: Sequence[ImageLike]) -> tuple[tuple[int, Array], ...]:
+        """Prepare pictures: paths, PIL pictures or arrays → (bucket, `[1, …]` input) each.
+
+        Raises:
+            RuntimeInputError: too many pictures, or one that cannot be read.
+        """
+        if len(images) > self.program.images:
+            raise RuntimeInputError(f"{len(images)} pictures given, the bundle takes {self.program.images}; build with inputs.images: {len(images)}")
+        found = []
+        for source in images:
+            image = load_image(source)
+            bucket = choose_bucket((image.height, image.width), self._rules)
+            found.append((bucket, prepare(image, self._rules[bucket])[None].astype(self.program.dtype)))
+        return tuple(found)
+
+    def prompt(self, ids: Sequence[int], pixels: Sequence[tuple[int, Array]]) -> Prompt:
+        """Encode a turn's pictures and lay out its tokens.
+
+        Args:
+            ids: text ids with one image token per picture.
+            pixels: from `encode_images`.
+        """
+        tokens, sources = [], []
+        for bucket, array in pixels:
+            vision = self.program.vision[bucket]
+            out = self._backend.graph(vision.file).run({"pixels": array})
+            tokens.append(out["tokens"][0])
+            sources.append(tuple(out[f"source.{n}"][0] for n in range(len(vision.stages))))
+        expanded, group = expand_image_tokens(ids, self.program.image_token, [t.shape[0] for t in tokens])
+        positions, following = self._positions(group, [b for b, _ in pixels])
+        return Prompt(expanded, group, positions, following, tuple(pixels), tuple(tokens), tuple(sources))
+
+    def _positions(self, group: Array, buckets: Sequence[int]) -> tuple[Array, int]:
+        start, count = self.decoder.next_position, group.shape[0]
+        if self.program.position_rule == "sequential":
+            return np.broadcast_to(start + np.arange(count), (self.program.rope_axes, count)), start + count
+        grids = []
+        for bucket in buckets:
+            grid = self.program.vision[bucket].grid
+            if grid is None:
+                raise RuntimeInputError("this bundle's visual tokens form no raster, and its positions need one; build it with a method that keeps the raster")
+            grids.append((1, grid[0], grid[1]))
+        found = mrope_positions(group, grids, start)
+        return found.positions, found.next_position
+
+    def run_prompt(self, prompt: Prompt, route: Route = "auto") -> TurnTrace:
+        """Put the visual tokens in place and run the turn through the decoder."""
+        ids = np.where(prompt.group > 0, 0, prompt.ids)
+        hidden = self.decoder.embed(ids)
+        for picture, tokens in enumerate(prompt.tokens):
+            hidden[prompt.group == picture + 1] = tokens
+        return self.decoder.turn(hidden, prompt.positions, prompt.group, prompt.next_position, route)
+
+    def chat_ids(self, prompt: str, pictures: int) -> list[int]:
+        """Encode the next user turn with the chat template; a later turn gets only what the conversation has not seen yet.
+
+        Raises:
+            RuntimeInputError: the model has no chat template.
+        """
+        if self.template is None:
+            raise RuntimeInputError("this model has no chat template; give a plain prompt (without --chat)")
+        message = self.template.message("user", prompt, pictures, self.program.image_text)
+        text = self.template.render([*self._messages, message], add_generation_prompt=True)
+        if self._messages:
+            ids = [*self._unfed, *self.tokenizer.encode(text[self._known(text) :], add_special_tokens=False)]
+        else:
+            ids = self.tokenizer.encode(text)
+        self._messages.append(message)
+        self._said = text
+        return ids
+
+    def _known(self, text: str) -> int:
+        """Length of the part of a rendered conversation that the slots hold already: the last prompt, and the answer after blanks."""
+        answer = self._answered.strip()
+        found = text.find(answer, len(self._said))
+        if not text.startswith(self._said) or found < 0 or text[len(self._said) : found].strip():
+            raise RuntimeInputError("this chat template rewrites earlier turns, so that they cannot be kept; start a new conversation")
+        return found + len(answer)
+
+    def plain_ids(self, prompt: str, pictures: int) -> list[int]:
+        """Encode a prompt as it is; without placeholders, one per picture is put in front."""
+        first = self.decoder.length == 0
+        text = place_images(prompt, pictures, self.program.image_text)
+        return self.tokenizer.encode(text, add_special_tokens=None if first else False)
+
+    # ------------------------------------------------------------------------------------------------------ answers
+    def generate(
+        self,
+        images: Sequence[ImageLike] = (),
+        prompt: str = "",
+        *,
+        chat: bool = True,
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        on_text: Callable[[str], None] | None = None,
+    ) -> Answer:
+        """Answer one question in a conversation of its own; see `turn`."""
+        self.reset()
+        return self.turn(images, prompt, chat=chat, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, on_text=on_text)
+
+    def turn(
+        self,
+        images: Sequence[ImageLike] = (),
+        prompt: str = "",
+        *,
+        chat: bool = True,
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        on_text: Callable[[str], None] | None = None,
+        route: Route = "auto",
+    ) -> Answer:
+        """Answer in the running conversation.
+
+        Args:
+            images: paths, PIL pictures, or uint8/float arrays `[h, w, 3]`.
+            prompt: the question.
+            chat: use the model's chat template (a model without one takes the prompt as it is).
+            max_new_tokens: tokens at most; None: what the bundle was built for.
+            sampling: greedy when None.
+            stop: texts that end the answer and are cut off.
+            on_text: called with each new piece of text.
+            route: see `Decoder.turn`.
+
+        Raises:
+            RuntimeInputError: pictures or text that the bundle cannot take.
+        """
+        began = time.perf_counter()
+        use_chat = chat and self.template is not None
+        pixels = self.encode_images(images)
+        ids = self.chat_ids(prompt, len(images)) if use_chat else self.plain_ids(prompt, len(images))
+        laid = self.prompt(ids, pixels)
+        seen = time.perf_counter()
+        trace = self.run_prompt(laid, route)
+        limit = self.program.new_tokens if max_new_tokens is None else max_new_tokens
+        if limit < 1:
+            raise RuntimeInputError(f"max_new_tokens is {limit}; give 1 or more")
+        tokens, text, finish, times = self._decode(trace.logits, limit, Sampler(sampling or Sampling()), StopStrings(stop), on_text)
+        if use_chat:
+            self._remember(text, tokens)
+        first = times[0] - began
+        later = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
+        timings = Timings(vision_ms=(seen - began) * 1e3, first_token_ms=first * 1e3, token_ms=later * 1e3)
+        return Answer(text, tuple(tokens), finish, int(laid.ids.shape[0]), self._visual(laid), self._kept(trace), timings)
+
+    def _decode(
+        self, logits: Array, limit: int, sampler: Sampler, stops: StopStrings, on_text: Callable[[str], None] | None
+    ) -> tuple[list[int], str, str, list[float]]:
+        stream, tokens, shown, times = self.tokenizer.stream(), [], [], []
+        finish = "length"
+
+        def show(piece: str) -> None:
+            if piece:
+                shown.append(piece)
+                if on_text is not None:
+                    on_text(piece)
+
+        while True:
+            token = sampler.pick(logits)
+            times.append(time.perf_counter())
+            tokens.append(token)
+            if token in self.program.eos:
+                finish = "eos"
+                break
+            show(stops.push(stream.push(token)))
+            if stops.stopped is not None:
+                finish = "stop"
+                break
+            if len(tokens) >= limit:
+                break
+            if self.decoder.room() < 1:
+                finish = "context"
+                break
+            logits = self.decoder.step(token)
+        if stops.stopped is None:
+            show(stops.push(stream.finish()))
+            show(stops.finish())
+        return tokens, "".join(shown), finish, times
+
+    def _remember(self, text: str, tokens: Sequence[int]) -> None:
+        """Add the answer to the conversation; a last token that was not fed yet is fed by the next turn's text."""
+        if self.template is not None:
+            self._messages.append(self.template.message("assistant", text))
+        self._answered = text
+        self._unfed = (tokens[-1],) if tokens and tokens[-1] not in self.program.eos else ()
+
+    def _visual(self, prompt: Prompt) -> tuple[int, ...]:
+        return (int((prompt.group > 0).sum()), *(int(c.visual_out) for c in self.program.cuts)) if prompt.tokens else ()
+
+    def _kept(self, trace: TurnTrace) -> dict[str, tuple[tuple[int, ...], ...]]:
+        found: dict[str, tuple[tuple[int, ...], ...]] = {}
+        for (block, stage), places in trace.kept.items():
+            cut = self.program.cut_before(block)
+            each = (cut.visual_in if cut else 0) // max(self.program.images, 1)
+            pictures = [[int(p) % each for p in places if p >= 0 and int(p) // each == i] for i in range(self.program.images)]
+            found[f"{block}.{stage}"] = tuple(tuple(p) for p in pictures)
+        return found
+
+
+def load(folder: str | Path, *, backend: str = "onnxruntime", threads: int | None = None) -> Session:
+    """Open a bundle.
+
+    Args:
+        folder: the bundle.
+        backend: `onnxruntime`, `tensorrt` or `tensorrt-rtx`.
+        threads: threads of the CPU path; None: its own choice.
+
+    Raises:
+        BundleError: files are missing or damaged.
+    """
+    path = Path(folder)
+    manifest = open_manifest(path)
+    small = [name for name, entry in manifest.files.items() if entry.size <= _HASHED_BYTES and not name.startswith("engines/")]
+    check_files(path, manifest, sizes_only=True)
+    check_files(path, manifest, small)
+    return Session(path, manifest, backend, threads)
