@@ -121,7 +121,7 @@ def _onnxruntime() -> Finding:
     try:
         import onnxruntime
     except ImportError as error:
-        return Finding("onnxruntime", f"cannot be imported: {error}", "problem", "pip install tmc-export again: it is part of the core install")
+        return Finding("onnxruntime", f"cannot be imported: {error}", "problem", "it is part of the core install: pip install tmc-export")
     return Finding("onnxruntime", f"{onnxruntime.__version__}: {', '.join(onnxruntime.get_available_providers())}", "ok")
 
 
@@ -138,13 +138,14 @@ def _extras() -> list[Finding]:
 
 
 def _python() -> Finding:
-    old = sys.version_info < (3, 11)
-    return Finding("Python", f"{platform.python_version()} on {platform.machine()}", "ok", "building bundles needs 3.11 or newer" if old else "")
+    advice = "building bundles needs 3.11 or newer" if sys.version_info < (3, 11) else ""
+    return Finding("Python", f"{platform.python_version()} on {platform.machine()}", "ok", advice)
 
 
 def _disk(folder: Path) -> Finding:
     free = shutil.disk_usage(folder).free
-    return Finding("free disk", f"{gib(free)} at {os.fspath(folder)}", "problem" if free < 2**30 else "ok", "free some space" if free < 2**30 else "")
+    low = free < 2**30
+    return Finding("free disk", f"{gib(free)} at {os.fspath(folder)}", "problem" if low else "ok", "free some space" if low else "")
 
 
 def examine_machine(root: Path = Path("/"), folder: Path = Path(".")) -> tuple[tuple[Finding, ...], tuple[Builder, ...], CudaDevice | None]:
