@@ -1,0 +1,142 @@
+"""The reference's way from one picture's pixels to its visual tokens: encoder, projector, and the stages in between.
+
+Legend: n tokens, c channels, h heads, d channels of a head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from tmc_export.core.errors import ExportError
+from tmc_export.graphs._contract import Attention, Context, Features, Keys, Need
+from tmc_export.plan.types import StagePlan, VisionPlan
+from tmc_export.verify._apply import apply_stage, from_weights
+from tmc_export.verify._towers import Tower
+from tmc_export.verify._trace import StageTrace
+
+__all__ = ["Seen", "see"]
+
+
+@dataclass
+class Seen:
+    """What stands of a picture while it is encoded, and at the end.
+
+    Attributes:
+        tokens: `[1, n, c]`.
+        source: `[1, n]` original index among the picture's uncompressed tokens at this place.
+        valid: `[1, n]`.
+        key_bias: `[1, n]`, added to the attention logits of these keys.
+        weights, keys, features: of the layer that ran last; features of all layers.
+        states: entry → what its last stage left for the next.
+        traces: the stages that ran.
+    """
+
+    tokens: Tensor
+    source: Tensor
+    valid: Tensor
+    key_bias: Tensor | None = None
+    weights: Tensor | None = None
+    keys: Tensor | None = None
+    features: list[Tensor] = field(default_factory=list)
+    states: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    traces: list[StageTrace] = field(default_factory=list)
+
+
+def see(tower: Tower, plan: VisionPlan, pixels: Tensor, picture: int, noise: float) -> Seen:
+    """Encode `pixels [1, 3, H, W]` and run every stage up to the projector's.
+
+    Args:
+        tower: encoder and projector.
+        plan: the picture's bucket.
+        pixels: prepared by the runtime's own image rule.
+        picture: number within the turn.
+        noise: see `apply_stage`.
+    """
+
+    def run(part: str, layer: int | None = None, point: str | None = None) -> None:
+        for stage in plan.stages:
+            at = stage.stage.at
+            if (at.part, at.layer, at.point) == (part, layer, point):
+                _run(stage, plan, seen, picture, noise)
+
+    seen = _fresh(pixels.flatten(2).transpose(1, 2))
+    run("input")
+    if seen.traces:
+        rows, columns = _raster(plan)
+        pixels = seen.tokens.transpose(1, 2).reshape(1, -1, rows, columns)
+    seen = replace(_fresh(tower.embed(pixels, plan)), traces=seen.traces)
+    for layer in range(tower.layers):
+        run("encoder", layer)
+        seen.tokens, seen.weights, seen.keys = tower.attend(layer, seen.tokens, seen.key_bias)
+        run("encoder", layer, "mid")
+        seen.tokens = tower.feed_forward(layer, seen.tokens)
+        seen.features.append(seen.tokens)
+    run("encoder")
+    classes = _class_tokens(plan)
+    seen.tokens, seen.source, seen.valid = seen.tokens[:, classes:], seen.source[:, classes:], seen.valid[:, classes:]
+    seen.tokens = tower.project(seen.tokens)
+    if plan.facts.encoder.merge > 1:
+        seen = replace(_fresh(seen.tokens), traces=seen.traces, states=seen.states)
+    run("projector")
+    return seen
+
+
+def _fresh(tokens: Tensor) -> Seen:
+    count = tokens.shape[1]
+    return Seen(tokens, torch.arange(count)[None], torch.ones(1, count, dtype=torch.bool))
+
+
+def _raster(plan: VisionPlan) -> tuple[int, int]:
+    grid = [s.after.grid for s in plan.stages if s.stage.at.part == "input"][-1]
+    if grid is None:
+        raise ExportError("a stage at input left no raster of pixels; no encoder takes that")
+    return grid
+
+
+def _class_tokens(plan: VisionPlan) -> int:
+    """Class tokens that still stand before the projector."""
+    inside = [s for s in plan.stages if s.stage.at.part == "encoder"]
+    return inside[-1].after.class_tokens if inside else plan.facts.encoder.class_tokens
+
+
+def _run(stage: StagePlan, plan: VisionPlan, seen: Seen, picture: int, noise: float) -> None:
+    """Apply one stage and move along what is the framework's."""
+    context = Context(
+        layout=stage.before,
+        facts=plan.facts,
+        valid=seen.valid,
+        source=seen.source,
+        captured={n: _capture(n, seen, str(stage.stage.at)) for n in stage.stage.needs},
+        state=seen.states.get(stage.entry, {}),
+    )
+    applied = apply_stage(stage, seen.tokens, context, picture, noise)
+    result = applied.result
+    seen.states[stage.entry] = dict(result.state)
+    if result.key_bias is not None:
+        seen.key_bias = result.key_bias
+    elif seen.key_bias is not None:
+        seen.key_bias = seen.key_bias[:, result.source[0].clamp(min=0)]
+    seen.source = torch.from_numpy(applied.trace.source)[None]
+    seen.tokens, seen.valid = result.tokens, result.valid
+    seen.traces.append(applied.trace)
+
+
+def _capture(need: Need, seen: Seen, place: str) -> Tensor:
+    """Take what a stage asks for out of the layer that ran last.
+
+    Raises:
+        ExportError: nothing ran before this place, a stage cut in between, or the need is not served in an encoder.
+    """
+    if isinstance(need, Features) and seen.features:
+        return seen.features[need.layer]
+    found = seen.keys if isinstance(need, Keys) else seen.weights
+    if found is None or found.shape[-1 if isinstance(need, Attention) else 1] != seen.tokens.shape[1]:
+        raise ExportError(f"the reference has nothing to give for {need} at {place}: no layer ran since the last cut")
+    if isinstance(need, Keys):
+        return found
+    if isinstance(need, Attention) and need.layer == "previous":
+        return from_weights(found, need, place)
+    raise ExportError(f"the reference does not capture {need} at {place}")

@@ -1,0 +1,158 @@
+"""The reference path: the Hugging Face model with its own eager attention, unpadded, with the plan's methods applied at their sites.
+
+It shares nothing with `surgery`: layers are the model's own and are called one by one, the cache and the masks are explicit, and a
+method is called on exactly the candidates it decides over, one picture at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tmc_export.core.errors import RuntimeInputError
+from tmc_export.plan.types import Plan, VisionPlan
+from tmc_export.verify._decode import Decoder
+from tmc_export.verify._see import Seen, see
+from tmc_export.verify._towers import load_model
+from tmc_export.verify._trace import BlockTrace, ReferenceTurn, StageTrace
+from tmc_export.verify.tolerances import margin_bound
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["BlockTrace", "Reference", "ReferenceTurn", "StageTrace"]
+
+
+@dataclass
+class _History:
+    """Everything fed so far, for `turns: recompute`."""
+
+    ids: Tensor
+    group: Tensor
+    pictures: list[Seen]
+
+
+class Reference:
+    """A conversation with the model under a plan.
+
+    Args:
+        model_folder: a Hugging Face checkpoint.
+        plan: what to compress where; a plan without stages gives the model itself.
+        dtype: `float32`, or `float16` to look at half-precision arithmetic.
+        trace: report the prompt at every block (`ReferenceTurn.blocks`).
+
+    Raises:
+        ModelError: the checkpoint cannot be loaded, or its kind has no reference.
+    """
+
+    def __init__(self, model_folder: Path, plan: Plan, *, dtype: Literal["float32", "float16"] = "float32", trace: bool = False) -> None:
+        self.plan = plan
+        self.dtype = torch.float16 if dtype == "float16" else torch.float32
+        self.model = load_model(Path(model_folder), self.dtype)
+        self.noise = margin_bound(dtype)
+        self._decoder = Decoder(self.model, plan, self.noise, trace)
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a new conversation."""
+        self._decoder.reset()
+        empty = torch.zeros(0, dtype=torch.int64)
+        self._history = _History(empty, empty, [])
+
+    @torch.no_grad()
+    def turn(
+        self,
+        pixels: Sequence[NDArray[np.float32]],
+        input_ids: NDArray[np.int64],
+        group: NDArray[np.int64],
+        positions: NDArray[np.int64] | None = None,
+        max_new_tokens: int = 16,
+        forced: Sequence[int] | None = None,
+    ) -> ReferenceTurn:
+        """Answer one turn greedily, or along `forced`.
+
+        Args:
+            pixels: this turn's pictures, each prepared for its bucket: `[3, H, W]`.
+            input_ids: `[T]`, one id for every visual token (after the projector's stages); from the second turn on beginning with the last
+                token of the turn before, which has not been fed.
+            group: `[T]` 0 for text, p for a visual token of the p-th picture of this turn.
+            positions: `[r, T]` rotary positions; counted on when left out.
+            max_new_tokens: most tokens of the answer.
+            forced: take these as the answer instead of the most likely ones (teacher forcing); `max_new_tokens` is then not read.
+
+        Raises:
+            RuntimeInputError: the ids, groups and pictures do not belong together.
+            ExportError: a method returned something else than its layout promises, or asks for what the reference does not capture.
+        """
+        seen = [self._see(picture, number) for number, picture in enumerate(pixels, start=1)]
+        ids, groups = torch.from_numpy(np.asarray(input_ids, np.int64)), torch.from_numpy(np.asarray(group, np.int64))
+        _check(ids, groups, seen)
+        shown = list(seen)
+        if self.plan.turns == "recompute":
+            past = self._history
+            offset = len(past.pictures)
+            ids, groups = torch.cat([past.ids, ids]), torch.cat([past.group, torch.where(groups > 0, groups + offset, 0)])
+            shown = past.pictures + seen
+            self._decoder.reset()
+        decoder = self._decoder
+        decoder.stages, decoder.blocks = [], []
+        rotary = None if positions is None else torch.from_numpy(np.asarray(positions, np.int64))
+        logits, answer = self._answer(ids, groups, shown, rotary, max_new_tokens, forced)
+        text = torch.zeros(max(len(answer) - 1, 0), dtype=torch.int64)
+        self._history = _History(torch.cat([ids, torch.tensor(answer[:-1], dtype=torch.int64)]), torch.cat([groups, text]), shown)
+        return ReferenceTurn(
+            tokens=tuple(answer),
+            logits=np.stack([row.numpy() for row in logits]),
+            vision=tuple(s.tokens[0].float().numpy() for s in seen),
+            stages=(*(t for s in seen for t in s.traces), *decoder.stages),
+            blocks=tuple(decoder.blocks),
+            cache_rows=tuple(int(o.shape[0]) for o in decoder.cache.orders),
+        )
+
+    def _see(self, pixels: NDArray[np.float32], number: int) -> Seen:
+        return see(self.model.tower, self._bucket(pixels), torch.from_numpy(pixels)[None].to(self.dtype), number, self.noise)
+
+    def _bucket(self, pixels: NDArray[np.float32]) -> VisionPlan:
+        found = [v for v in self.plan.vision if tuple(pixels.shape[-2:]) == v.size]
+        if not found:
+            sizes = ", ".join(f"{v.size[0]}x{v.size[1]}" for v in self.plan.vision) or "none"
+            raise RuntimeInputError(f"a picture of shape {list(pixels.shape)} fits no bucket; the plan's are: {sizes}")
+        return found[0]
+
+    def _answer(
+        self, ids: Tensor, group: Tensor, pictures: Sequence[Seen], positions: Tensor | None, most: int, forced: Sequence[int] | None
+    ) -> tuple[list[Tensor], list[int]]:
+        """Prefill, then one token at a time."""
+        decoder = self._decoder
+        hidden, source = decoder.embed(ids), torch.full_like(ids, -1)
+        for number, picture in enumerate(pictures, start=1):
+            hidden[:, group == number] = picture.tokens
+            source[group == number] = picture.source[0]
+        decoder.turn_visual = torch.arange(decoder.places, decoder.places + ids.shape[0])[group > 0]
+        logits = [decoder.feed(hidden, positions, group, source, select=True)]
+        answer: list[int] = []
+        steps = most if forced is None else len(forced)
+        while True:
+            token = int(logits[-1].argmax()) if forced is None else int(forced[len(answer)])
+            answer.append(token)
+            if len(answer) >= steps or (forced is None and token in self.model.eos):
+                return logits, answer
+            one = torch.zeros(1, dtype=torch.int64)
+            logits.append(decoder.feed(decoder.embed(one + token), None, one, one - 1, select=False))
+
+
+def _check(ids: Tensor, group: Tensor, seen: Sequence[Seen]) -> None:
+    if ids.dim() != 1 or ids.shape != group.shape or not ids.numel():
+        raise RuntimeInputError(f"input_ids {list(ids.shape)} and group {list(group.shape)} must be two rows of one length, not empty")
+    for number, picture in enumerate(seen, start=1):
+        places, tokens = int((group == number).sum()), int(picture.tokens.shape[1])
+        if places != tokens:
+            raise RuntimeInputError(f"picture {number} has {tokens} visual tokens, its places in group are {places}; they must be equal")
+    if int(group.max()) > len(seen):
+        raise RuntimeInputError(f"the prompt has places for picture {int(group.max())}, {len(seen)} pictures were given")

@@ -1,0 +1,99 @@
+"""The one table of tolerances: by rung and by the precision of the weights, with the reason beside each number.
+
+An element passes when `|got - want| <= atol + rtol * max|want|`: one scale per tensor, because a small element beside large ones carries
+the rounding of the large ones it was summed from. Indices are compared exactly, except where `margin_bound` calls the choice a tie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tmc_export.core.errors import ParityError
+
+__all__ = ["FLOAT16_MAX", "MARGINS", "TOLERANCES", "Tolerance", "margin_bound", "tolerance"]
+
+FLOAT16_MAX = 65504.0
+"""The largest float16; a tensor above it overflows, one above half of it leaves no room for another input."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What a rung may differ by.
+
+    Attributes:
+        rtol: share of the largest magnitude of the expected tensor.
+        atol: absolute.
+        sqnr_db: least signal-to-quantization-noise ratio.
+        kl: most KL divergence of the next-token distribution, in nats.
+        same_tokens: greedy tokens must be equal where the two best logits differ by more than the tolerance.
+        reason: why these numbers.
+    """
+
+    rtol: float
+    atol: float
+    sqnr_db: float
+    kl: float
+    same_tokens: bool
+    reason: str
+
+
+TOLERANCES: Mapping[tuple[str, str], Tolerance] = {
+    ("eager", "float32"): Tolerance(
+        rtol=1e-5, atol=1e-6, sqnr_db=100, kl=1e-8, same_tokens=True,
+        reason="same kernels, other order of sums over up to 1e3 terms: sqrt(1e3) * 2^-24 = 2e-6 a layer, over some tens of layers",
+    ),
+    ("subgraph", "float32"): Tolerance(
+        rtol=2e-5, atol=1e-6, sqnr_db=90, kl=1e-8, same_tokens=True,
+        reason="a subgraph on the reference's inputs: other matrix kernels; a mask of -3e4 for -inf changes nothing (exp is 0 for both)",
+    ),
+    ("end_to_end", "float32"): Tolerance(
+        rtol=1e-4, atol=1e-5, sqnr_db=80, kl=1e-6, same_tokens=True,
+        reason="what subgraphs differ by, run through all layers and every step; norms let it grow about tenfold",
+    ),
+    ("subgraph", "float16"): Tolerance(
+        rtol=1e-2, atol=1e-3, sqnr_db=45, kl=1e-3, same_tokens=False,
+        reason="weights and, on a device, activations rounded to 11 bits: 2^-11 = 5e-4 an operation, some twenty in a row",
+    ),
+    ("end_to_end", "float16"): Tolerance(
+        rtol=3e-2, atol=1e-3, sqnr_db=35, kl=1e-2, same_tokens=False,
+        reason="the same through all layers; a greedy token may turn where two logits lie that close",
+    ),
+    ("subgraph", "int4"): Tolerance(
+        rtol=0.5, atol=1e-2, sqnr_db=12, kl=1.0, same_tokens=False,
+        reason="4 bits in blocks: an error of step / sqrt(12), about 20 dB a linear with Gaussian weights, less over several layers",
+    ),
+    ("end_to_end", "int4"): Tolerance(
+        rtol=1.0, atol=1e-2, sqnr_db=6, kl=2.0, same_tokens=False,
+        reason="what 4 bits cost is a property of the model: the bound only finds a broken graph; accuracy is measured on a task",
+    ),
+}  # fmt: skip
+
+MARGINS: Mapping[str, tuple[float, str]] = {
+    "float32": (1e-5, "relative gap of the k-th score: scores differ by up to the eager rung's rtol between two float32 paths"),
+    "float16": (1e-2, "scores are float32, but the hidden states they come from carry float16's subgraph rtol"),
+    "int4": (1e-1, "weights differ by their quantization step; other tokens may rightly be kept, so only clear choices are compared"),
+}
+
+
+def tolerance(rung: str, precision: str) -> Tolerance:
+    """Look up a rung's tolerance.
+
+    Raises:
+        ParityError: the table has no such entry.
+    """
+    found = TOLERANCES.get((rung, precision))
+    if found is None:
+        raise ParityError(f"no tolerance for rung '{rung}' at precision '{precision}'; add one, with its reason, to verify/tolerances.py")
+    return found
+
+
+def margin_bound(precision: str) -> float:
+    """Return the relative k-th margin up to which a kept set is a tie.
+
+    Raises:
+        ParityError: the table has no such precision.
+    """
+    if precision not in MARGINS:
+        raise ParityError(f"no margin bound for precision '{precision}'; add one, with its reason, to verify/tolerances.py")
+    return MARGINS[precision][0]
