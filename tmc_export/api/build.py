@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tmc_export.api.engines import prove
 from tmc_export.bundle.manifest import MANIFEST, Manifest
 from tmc_export.bundle.read import check_files, open_manifest
 from tmc_export.bundle.write import atomic_folder, hash_file, seal
@@ -19,7 +20,7 @@ from tmc_export.core.lazy import require
 from tmc_export.plan.resolve import resolve
 from tmc_export.plan.source import fetch, read_model_files
 from tmc_export.plan.types import Plan
-from tmc_export.recipe import load_recipe
+from tmc_export.recipe import load_device, load_recipe
 from tmc_export.recipe.recipe import Recipe
 
 __all__ = ["BuildResult", "build_bundle", "plan_json"]
@@ -54,6 +55,7 @@ def build_bundle(
     force: bool = False,
     progress: Callable[[str], None] = lambda _: None,
     record: bool = True,
+    engines: bool | None = None,
 ) -> BuildResult:
     """Build a recipe into a bundle folder.
 
@@ -64,6 +66,7 @@ def build_bundle(
         force: build even when `out` holds this very bundle.
         progress: called with one line per step.
         record: run the reference and store its outputs in `parity/`, so that the bundle can be verified without the checkpoint.
+        engines: build TensorRT-RTX engines; None: when the recipe's runtime is `tensorrt-rtx`.
 
     Raises:
         TmcError: any of its subclasses; nothing half-written is left.
@@ -74,7 +77,9 @@ def build_bundle(
     files = read_model_files(folder)
     plan = resolve(loaded, files)
     checkpoint = _fingerprint(folder)
-    key = _key(loaded, plan, checkpoint)
+    device = load_device(loaded.target.device, loaded.folder)
+    want_engines = loaded.target.runtime == "tensorrt-rtx" if engines is None else engines
+    key = _key(loaded, plan, checkpoint, [record, want_engines])
     if not force and (found := _cached(target, key)) is not None:
         return BuildResult(target, found, cached=True)
     require("torch", extra="export", purpose="build a bundle")
@@ -93,6 +98,7 @@ def build_bundle(
             checkpoint={name: hash_file(folder / name) for name in sorted(checkpoint)},
             versions=_versions(),
             program=exported.program,
+            proofs=prove(work, device, loaded, want_engines, progress),
         )
         progress("hash files")
         sealed = seal(work, manifest)
@@ -125,8 +131,8 @@ def _fingerprint(folder: Path) -> dict[str, tuple[int, int]]:
     return {p.name: (p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(names)}
 
 
-def _key(recipe: Recipe, plan: Plan, checkpoint: dict[str, tuple[int, int]]) -> str:
-    text = json.dumps([recipe.canonical_json(), plan_json(plan), checkpoint, _versions(), _source_digest()], sort_keys=True)
+def _key(recipe: Recipe, plan: Plan, checkpoint: dict[str, tuple[int, int]], choices: list[bool]) -> str:
+    text = json.dumps([recipe.canonical_json(), plan_json(plan), checkpoint, _versions(), _source_digest(), choices], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -1,6 +1,7 @@
-"""Remove inputs that hold nothing.
+"""Remove inputs that hold nothing, or that nothing reads.
 
 Before: prefill concatenates a past of zero slots, `Concat(past [1, 2, 0, 64], new [1, 2, 640, 64])`. After: `new` alone, and no such input.
+A compress graph whose method reads no rotary positions gets none.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ __all__ = ["DropEmptyInputsPass"]
 
 
 class DropEmptyInputsPass(ir.passes.InPlacePass):
-    """Take zero-sized graph inputs out of every Concat, then out of the graph."""
+    """Take zero-sized graph inputs out of every Concat, then every unread input out of the graph."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite the graph; `modified` says whether any input went away."""
@@ -34,7 +35,7 @@ class DropEmptyInputsPass(ir.passes.InPlacePass):
                     user.outputs[0].replace_all_uses_with(node.outputs[0])
                     graph.remove(user, safe=True)
                     node.outputs[0].name = name
-        gone = [v for v in empty if not v.uses()]
+        gone = [v for v in graph.inputs if not v.uses() and not v.is_graph_output()]
         for value in gone:
             graph.inputs.remove(value)
         return ir.passes.PassResult(model, bool(gone))

@@ -48,6 +48,7 @@ def specialize(model: ir.Model, sizes: Mapping[str, int], name: str) -> ir.Model
     ir.passes.Sequential(SpecializeSizesPass(sizes), DropEmptyInputsPass())(static)
     optimizer.optimize_ir(static, num_iterations=3, input_size_limit=_FOLD_INPUT, output_size_limit=_FOLD_OUTPUT)
     finish = ir.passes.Sequential(
-        common.CommonSubexpressionEliminationPass(), common.RemoveUnusedNodesPass(), common.ShapeInferencePass(), common.NameFixPass(), AssertStaticPass(name)
-    )
+        common.CommonSubexpressionEliminationPass(), common.RemoveUnusedNodesPass(), DropEmptyInputsPass(),
+        common.ShapeInferencePass(), common.NameFixPass(), AssertStaticPass(name),
+    )  # fmt: skip
     return finish(static).model

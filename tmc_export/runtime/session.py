@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-__all__ = ["Answer", "Prompt", "Session", "Timings", "load"]
+__all__ = ["Answer", "Prompt", "Sampling", "Session", "Timings", "load"]
 
 _HASHED_BYTES = 64 << 20
 """Files up to this size are hashed at every load; larger ones only by `verify`, their size always."""

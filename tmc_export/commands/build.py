@@ -1,0 +1,40 @@
+"""`tmc-export build`: a recipe becomes a bundle."""
+
+from __future__ import annotations
+
+import click
+
+__all__ = ["command"]
+
+
+@click.command()
+@click.argument("recipe")
+@click.option("-o", "--output", "output", required=True, type=click.Path(), help="The bundle's folder; a bundle there is replaced at the end.")
+@click.option("--device", help="Build for this device instead of the recipe's.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a value of the recipe, such as compress.0.keep=25%.")
+@click.option("--force", is_flag=True, help="Build even when the folder holds this very bundle.")
+@click.option("--engines/--no-engines", default=None, help="Build TensorRT-RTX engines; by default when the target's runtime is tensorrt-rtx.")
+@click.option("--record/--no-record", default=True, help="Run the PyTorch reference and keep its outputs for verify.")
+@click.option("-q", "--quiet", is_flag=True, help="Print the result only.")
+def command(recipe: str, output: str, device: str | None, overrides: tuple[str, ...], force: bool, engines: bool | None, record: bool, quiet: bool) -> None:
+    """Compile RECIPE, a file or the name of a shipped recipe, into a bundle: one folder to copy to the device.
+
+    Nothing is written to the folder until everything is built.
+    """
+    import time
+
+    from tmc_export.api.build import build_bundle
+
+    began = time.perf_counter()
+
+    def say(line: str) -> None:
+        if not quiet:
+            click.echo(f"{time.perf_counter() - began:7.1f} s  {line}", err=True)
+
+    settings = [*overrides, *([f"target.device={device}"] if device else [])]
+    result = build_bundle(recipe, output, overrides=settings, force=force, progress=say, record=record, engines=engines)
+    size = sum(entry.size for entry in result.manifest.files.values())
+    state = "up to date" if result.cached else f"built in {time.perf_counter() - began:.1f} s"
+    click.echo(f"{result.folder}: {state}, {len(result.manifest.files)} files, {size / 1e6:.1f} MB")
+    for rung, outcome in result.manifest.proofs.items():
+        click.echo(f"  {rung}: {outcome}")
