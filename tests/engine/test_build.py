@@ -64,8 +64,9 @@ def test_int4_blocks_build(rtx: None, tmp_path: Path, graphs) -> None:
 
 def test_int4_does_not_build_for_an_older_gpu(rtx: None, tmp_path: Path, graphs) -> None:
     graphs[1](tmp_path / "linear.onnx")
+    options = EngineOptions(capabilities=("SM75",))
     with pytest.raises(ExportError, match="linear: TensorRT .* cannot build it"):
-        build_engine(tmp_path / "linear.onnx", STATIC, tmp_path / "linear.engine", EngineOptions(capabilities=("SM75",)), precision="int4")
+        build_engine(tmp_path / "linear.onnx", STATIC, tmp_path / "linear.engine", options, precision="int4")
     assert not (tmp_path / "linear.engine").exists() and not list(tmp_path.glob(".*partial"))
 
 
@@ -99,13 +100,18 @@ def test_a_missing_package_names_the_extra(tmp_path: Path, graphs, fake_module) 
         build_engine(tmp_path / "g.onnx", STATIC, tmp_path / "g.engine", OPTIONS)
 
 
-@pytest.mark.parametrize(("signal", "kind", "words"), [("SIGKILL", ResourceError, "killed"), ("SIGSEGV", ExportError, "crashed on g with SIGSEGV")])
+@pytest.mark.parametrize(
+    ("signal", "kind", "words"), [("SIGKILL", ResourceError, "killed"), ("SIGSEGV", ExportError, "crashed on g with SIGSEGV")]
+)
 def test_a_builder_that_dies_is_one_line(tmp_path: Path, graphs, fake_module, signal: str, kind: type[Exception], words: str) -> None:
-    fake_module("tensorrt_rtx", f"import os, signal\n__version__ = '1.7'\ndef __getattr__(name):\n    os.kill(os.getpid(), signal.{signal})\n")
+    source = "import os, signal\n__version__ = '1.7'\ndef __getattr__(name):\n    os.kill(os.getpid(), signal.SIG)\n"
+    fake_module("tensorrt_rtx", source.replace("SIG)", signal + ")"))
     graphs[2](tmp_path / "g.onnx")
+    (tmp_path / ".g.engine.1.partial").write_bytes(b"half an engine")
     with pytest.raises(kind, match=words) as caught:
         build_engine(tmp_path / "g.onnx", STATIC, tmp_path / "g.engine", OPTIONS)
     assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob(".*partial")) and not (tmp_path / "g.engine").exists()
 
 
 def test_too_little_memory_is_refused_with_figures(tmp_path: Path, graphs, fake_module, monkeypatch: pytest.MonkeyPatch) -> None:

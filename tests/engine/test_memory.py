@@ -11,7 +11,9 @@ GIB = 2**30
 
 
 # Peaks measured with TensorRT-RTX 1.7 on the CPU (docs/adr/0005): weights GiB, peak GiB. Within a quarter: a refusal must not be wild.
-@pytest.mark.parametrize(("weights", "precision", "peak"), [(0.94, "float16", 3.3), (2.88, "float16", 8.2), (5.75, "float16", 14.1), (4.07, "int4", 12.8)])
+@pytest.mark.parametrize(
+    ("weights", "precision", "peak"), [(0.94, "float16", 3.3), (2.88, "float16", 8.2), (5.75, "float16", 14.1), (4.07, "int4", 12.8)]
+)
 def test_the_estimate_is_near_what_was_measured(weights: float, precision: str, peak: float) -> None:
     assert 0.75 * peak < estimate_bytes(int(weights * GIB), (), precision) / GIB < 1.25 * peak
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tmc_export.core.errors import LegalityError, MissingExtraError, ResourceError
 from tmc_export.engine import EngineOptions, build_engine
+from tmc_export.engine._build import _writer
 from tmc_export.engine._wire import profiles_from
 
 FAKE = '''
@@ -74,7 +77,9 @@ def build(tmp_path: Path, graphs):
     return build_engine(block.path, profiles, tmp_path / "block_0.engine", options)
 
 
-@pytest.mark.parametrize(("version", "flags", "stream"), [("10.3.0", 2, False), ("10.13.3", 2, True), ("10.16.1", 2, True), ("11.1.0", 0, True)])
+@pytest.mark.parametrize(
+    ("version", "flags", "stream"), [("10.3.0", 2, False), ("10.13.3", 2, True), ("10.16.1", 2, True), ("11.1.0", 0, True)]
+)
 def test_calls(tmp_path: Path, graphs, fake_module, version: str, flags: int, stream: bool) -> None:
     calls = place(fake_module, tmp_path, version, stream)
     report = build(tmp_path, graphs)
@@ -104,8 +109,9 @@ def test_calls(tmp_path: Path, graphs, fake_module, version: str, flags: int, st
 def test_an_operator_this_parser_lacks_is_refused_before_the_build(tmp_path: Path, graphs, fake_module) -> None:
     calls = place(fake_module, tmp_path, "10.3.0", False)
     graphs[2](tmp_path / "g.onnx", "RMSNormalization")
+    options, profiles = EngineOptions(flavour="tensorrt"), profiles_from([{"name": "static", "shapes": {}}])
     with pytest.raises(LegalityError, match="has no RMSNormalization"):
-        build_engine(tmp_path / "g.onnx", profiles_from([{"name": "s", "shapes": {}}]), tmp_path / "g.engine", EngineOptions(flavour="tensorrt"))
+        build_engine(tmp_path / "g.onnx", profiles, tmp_path / "g.engine", options)
     assert not calls.exists()
 
 
@@ -116,6 +122,18 @@ def test_a_full_disk_is_said_and_nothing_is_left(tmp_path: Path, graphs, fake_mo
     with pytest.raises(ResourceError, match="No space left on device"):
         build(tmp_path, graphs)
     assert not list(tmp_path.glob("*.engine")) and not list(tmp_path.glob(".*partial"))
+
+
+def test_a_full_disk_while_streaming_stops_the_builder() -> None:
+    failed: list[OSError] = []
+    with Path("/dev/full").open("wb", buffering=0) as file:
+        writer = _writer(SimpleNamespace(IStreamWriter=_Base), file, failed)
+        assert writer.write(b"engine") == 0  # fewer bytes than given: the builder gives up
+    assert failed[0].errno == errno.ENOSPC
+
+
+class _Base:
+    pass
 
 
 def test_a_missing_tensorrt_names_jetpack(tmp_path: Path, graphs, fake_module) -> None:

@@ -185,9 +185,13 @@ def build_engine(
     if options.check_memory:
         check_memory(name, estimate_bytes(facts.bytes, files, precision), available_bytes())
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _staged(onnx, facts, files) as graph:
-        job = Job(name, graph.absolute(), profiles, out.absolute(), options)
-        answer = _call(name, job_to_json(job), lambda phase, done, total: progress(name, phase, done, total) if progress else None)
+    try:
+        with _staged(onnx, facts, files) as graph:
+            job = Job(name, graph.absolute(), profiles, out.absolute(), options)
+            answer = _call(name, job_to_json(job), lambda phase, done, total: progress(name, phase, done, total) if progress else None)
+    finally:  # a builder that was killed leaves its file behind
+        for partial in out.parent.glob(f".{out.name}.*.partial"):
+            partial.unlink(missing_ok=True)
     report = report_from({**answer["report"], "warnings": [*warnings, *answer["report"]["warnings"]]})
     _save_layers(report)
     return report
