@@ -160,10 +160,11 @@ def _through(entry: Entry, stage: Stage, layout: Layout, facts: ModelFacts, stag
 # -------------------------------------------------------------------------------------------------------------- decoder
 @dataclass
 class _Place:
-    """Where the walk through the decoder stands: visual tokens of one picture and their raster."""
+    """Where the walk through the decoder stands: visual tokens of one picture, their raster, and what each recipe entry first saw."""
 
     visual: int
     grid: tuple[int, int] | None
+    entered: dict[int, int | None]
 
 
 def _decoder(
@@ -178,7 +179,7 @@ def _decoder(
         by_layer.setdefault(layer, []).append((entry, stage))
     inner = sorted({*by_layer, *splits} - {0})
     edges = [0, *inner, layers]
-    place = _Place(visual, grid)
+    place = _Place(visual, grid, {})
     blocks: list[BlockPlan] = []
     cuts: list[CutPlan] = []
 
@@ -210,7 +211,8 @@ def _cut(recipe: Recipe, facts: ModelFacts, found: Sequence[tuple[Entry, Stage]]
     for entry, stage in found:
         joint = images if entry.scope == "joint" else 1
         layout = Layout((Segment("visual", place.visual * joint, place.grid if joint == 1 else None),), width=facts.decoder.width)
-        after = _through(entry, stage, layout, facts, stages)
+        after = _through(entry, stage, replace(layout, entry_tokens=place.entered.get(entry.index)), facts, stages)
+        place.entered[entry.index] = after.entry_tokens
         if joint > 1 and after.tokens % images:
             raise LegalityError(
                 f"{entry.origin()}: scope: joint keeps {after.tokens} tokens over {images} pictures; choose a budget that {images} divides"
