@@ -81,14 +81,15 @@ def test_a_machine_with_none_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_commands(bundle: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="needs the extra [rtx]")
     run = CliRunner()
-    built = run.invoke(engine, [str(bundle), "--json"])
+    built = run.invoke(engine, [str(bundle), "--json", "--capability", "SM86"])
     assert built.exit_code == 0, built.output
     (block, vision) = json.loads(built.stdout)
     assert block["file"] == "engines/block_0.tensorrt-rtx.engine" and block["built"] and vision["profiles"] == ["static"]
-    kept = run.invoke(engine, [str(bundle)])
+    assert block["capabilities"] == ["SM86"]
+    kept = run.invoke(engine, [str(bundle)])  # for the GPU it was built for before
     assert kept.exit_code == 0 and "block_0" in kept.stdout and "kept" in kept.stdout and "built, not run" in kept.stdout
     seen = run.invoke(doctor, [str(bundle), "--json"])
     findings = {finding["name"]: finding for finding in json.loads(seen.stdout)["findings"]}
-    assert findings["engine block_0"]["state"] != "absent" and "SM89" in findings["engine block_0"]["value"]
+    assert findings["engine block_0"]["state"] != "absent" and "SM86" in findings["engine block_0"]["value"]
     text = run.invoke(doctor, [])
     assert text.exit_code == 0 and "TensorRT-RTX" in text.stdout

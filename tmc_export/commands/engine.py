@@ -19,7 +19,7 @@ __all__ = ["command"]
     help="tensorrt-rtx builds anywhere for the named GPUs; tensorrt builds on the device, for the device.",
 )
 @click.option(
-    "--capability", "capabilities", multiple=True, metavar="SM", help="GPU to build for (tensorrt-rtx), SM89 by default; repeatable."
+    "--capability", "capabilities", multiple=True, metavar="SM", help="Build for this GPU (tensorrt-rtx), such as SM89; repeatable. By default as before, else this GPU, else SM89."
 )
 @click.option("--workspace-mib", type=click.IntRange(min=1), help="Scratch memory limit of the builder, MiB.")
 @click.option("--optimization-level", type=click.IntRange(0, 5), default=3, show_default=True, help="0 builds fast, 5 searches longest.")
@@ -43,10 +43,11 @@ def command(
     import json
 
     from tmc_export.engine import EngineOptions, build_engines
+    from tmc_export.engine.bundle import default_capabilities
 
     options = EngineOptions(
         flavour=runtime,
-        capabilities=capabilities or (("SM89",) if runtime == "tensorrt-rtx" else ()),
+        capabilities=capabilities or (default_capabilities(bundle) if runtime == "tensorrt-rtx" else ()),
         workspace_mib=workspace_mib,
         builder_optimization_level=optimization_level,
         timing_cache=bundle / "engines" / "timing.cache" if runtime == "tensorrt" else None,

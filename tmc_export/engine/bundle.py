@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from tmc_export.core.errors import BundleError
+from tmc_export.engine._device import cuda_device
 from tmc_export.engine._proto import read_graph
 from tmc_export.engine._wire import report_from
 from tmc_export.engine.build import Builder, Progress, build_engine, probe, weight_files
-from tmc_export.engine.options import EngineOptions, EngineReport, Subgraph
+from tmc_export.engine.options import RTX_CAPABILITIES, EngineOptions, EngineReport, Subgraph
 from tmc_export.engine.profiles import read_profiles
 
-__all__ = ["ENGINES", "EngineRecord", "build_engines", "engine_file", "file_sha256", "read_engines", "subgraph_key"]
+__all__ = ["ENGINES", "EngineRecord", "build_engines", "default_capabilities", "engine_file", "file_sha256", "read_engines", "subgraph_key"]
 
 ENGINES = "engines/engines.json"
 
@@ -90,6 +91,15 @@ def read_engines(bundle: Path) -> tuple[EngineRecord, ...]:
         return tuple(_record(fields) for fields in json.loads(path.read_text())["engines"])
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise BundleError(f"'{path}' is damaged ({type(error).__name__}: {error}); delete it and build the engines again") from error
+
+
+def default_capabilities(bundle: Path) -> tuple[str, ...]:
+    """Return the TensorRT-RTX targets when nobody names one: those built for before, else this machine's GPU, else SM89."""
+    before = [record.capabilities for record in read_engines(bundle) if record.flavour == "tensorrt-rtx"]
+    if before:
+        return before[0]
+    device = cuda_device()
+    return (device.capability,) if device and device.capability in RTX_CAPABILITIES else ("SM89",)
 
 
 def _write(bundle: Path, records: dict[tuple[str, str], EngineRecord]) -> None:

@@ -95,6 +95,29 @@ def _call(bundle: Path, subgraph: Subgraph, facts: GraphFacts, options: EngineOp
     return f"\nlink_weights {linked}\n{call}\nunlink_weights\n" if linked else f"\n{call}\n"
 
 
+def _filled(script: str, device: DeviceTarget, costs: dict[str, _Cost]) -> str:
+    """Put the device's and the bundle's values into the script's `@NAME@` marks."""
+    largest = max(costs, key=lambda name: costs[name].memory)
+    level, workspace = device.builder_optimization_level, device.workspace_mib
+    trtexec = (
+        f"--builderOptimizationLevel={level} --memPoolSize=workspace:{workspace} "
+        "--timingCacheFile=engines/timing.cache --profilingVerbosity=detailed"
+    )
+    values = {
+        "DEVICE": device.name,
+        "TENSORRT": device.tensorrt,
+        "OPTIONS": trtexec,
+        "ENGINE_OPTIONS": f"--workspace-mib {workspace} --optimization-level {level}",
+        "LARGEST": largest,
+        "LARGEST_KIB": str(costs[largest].memory // 1024),
+        "DISK_KIB": str(max(cost.disk for cost in costs.values()) // 1024),
+        "COUNT": str(len(costs)),
+    }
+    for name, value in values.items():
+        script = script.replace(f"@{name}@", value)
+    return script
+
+
 def write_on_device_script(bundle_dir: Path, device: DeviceTarget) -> tuple[Path, tuple[str, ...]]:
     """Write `BUNDLE/build_on_device.sh`; call it before the manifest hashes the files.
 
@@ -133,28 +156,9 @@ def write_on_device_script(bundle_dir: Path, device: DeviceTarget) -> tuple[Path
         weights = sum(path.stat().st_size for path in files) + facts.bytes
         costs[subgraph.name] = _Cost(estimate_bytes(facts.bytes, files, subgraph.precision), 2 * weights + 16 * 2**20)
         calls.append(_call(bundle_dir, subgraph, facts, options, costs[subgraph.name]))
-    largest = max(costs, key=lambda name: costs[name].memory)
-    level, workspace = device.builder_optimization_level, device.workspace_mib
-    trtexec = (
-        f"--builderOptimizationLevel={level} --memPoolSize=workspace:{workspace} "
-        "--timingCacheFile=engines/timing.cache --profilingVerbosity=detailed"
-    )
-    values = {
-        "DEVICE": device.name,
-        "TENSORRT": device.tensorrt,
-        "OPTIONS": trtexec,
-        "ENGINE_OPTIONS": f"--workspace-mib {workspace} --optimization-level {level}",
-        "LARGEST": largest,
-        "LARGEST_KIB": str(costs[largest].memory // 1024),
-        "DISK_KIB": str(max(cost.disk for cost in costs.values()) // 1024),
-        "COUNT": str(len(calls)),
-    }
-    script = HEAD + "".join(calls) + FOOT
-    for name, value in values.items():
-        script = script.replace(f"@{name}@", value)
     path = bundle_dir / SCRIPT
     partial = path.with_suffix(".partial")
-    partial.write_text(script)
+    partial.write_text(_filled(HEAD + "".join(calls) + FOOT, device, costs))
     partial.chmod(0o755)
     os.replace(partial, path)
     return path, tuple(warnings)
