@@ -100,7 +100,7 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Verbs)
 @click.version_option(__version__, prog_name="tmc-export")
 def main() -> None:
     """Compile multimodal LLMs, with visual-token compression, into verified bundles for Jetson and RTX.

@@ -36,7 +36,7 @@ def broken_command(line: str) -> str | None:
     """Say what is wrong with a line `tmc-export …`: an unknown verb or option; None when it is right."""
     words = shlex.split(line, comments=True)
     assert words[0] == "tmc-export", line
-    name, options = "tmc-export", [o for p in main.params for o in (*p.opts, *p.secondary_opts)] + ["-h", "--help"]
+    name, options = "tmc-export", [o for p in main.params for o in (*p.opts, *p.secondary_opts)] + ["--help"]
     for word in words[1:]:
         if f"{name} {word}" in COMMANDS:
             name = f"{name} {word}"

@@ -30,7 +30,7 @@ def _help(command: click.Command, name: str, parent: click.Context | None) -> st
 
 def reference() -> str:
     """Return the page."""
-    root = click.Context(tmc_export, info_name="tmc-export", **tmc_export.context_settings)
+    root = click.Context(tmc_export, info_name="tmc-export")
     parts = [HEAD, _help(tmc_export, "tmc-export", None)]
     for verb in tmc_export.list_commands(root):
         command = tmc_export.get_command(root, verb)
