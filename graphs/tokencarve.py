@@ -61,13 +61,11 @@ class TokenCarve(Method):
             keep: share or number of the visual tokens that stay.
             weight: share of the attention in the joint rank.
             scores: what the first selection ranks by: both, only the attention, or only the information (singular values).
-            steps: turns of the decomposition; more for rasters above 600 tokens.
         """
 
         keep: Budget = Budget(share=0.25)
         weight: float = Field(default=0.5, ge=0, le=1)
         scores: Literal["both", "attention", "information"] = "both"
-        steps: int = Field(default=40, ge=1)
 
     @staticmethod
     def stages(at: Site, config: TokenCarve.Config, facts: ModelFacts) -> tuple[Stage, ...]:
@@ -131,7 +129,7 @@ def joint_rank(tokens: Tensor, context: Context, config: TokenCarve.Config) -> T
     attention = (n - rank(context.captured[_SCORE], valid)).float()
     if config.scores == "attention":
         return attention
-    mass = singular_row_sums(tokens.float() * valid.float().unsqueeze(2), config.steps)
+    mass = singular_row_sums(tokens.float() * valid.float().unsqueeze(2))
     information = (n - rank(mass, valid)).float()
     if config.scores == "information":
         return information
