@@ -74,6 +74,7 @@ class Reference:
         positions: NDArray[np.int64] | None = None,
         max_new_tokens: int = 16,
         forced: Sequence[int] | None = None,
+        until_eos: bool = True,
     ) -> ReferenceTurn:
         """Answer one turn greedily, or along `forced`.
 
@@ -85,6 +86,7 @@ class Reference:
             positions: `[r, T]` rotary positions; counted on when left out.
             max_new_tokens: most tokens of the answer.
             forced: take these as the answer instead of the most likely ones (teacher forcing); `max_new_tokens` is then not read.
+            until_eos: stop at an end token; without it, `max_new_tokens` are answered in any case.
 
         Raises:
             RuntimeInputError: the ids, groups and pictures do not belong together.
@@ -103,7 +105,8 @@ class Reference:
         decoder = self._decoder
         decoder.stages, decoder.blocks = [], []
         rotary = None if positions is None else torch.from_numpy(np.asarray(positions, np.int64))
-        logits, answer = self._answer(ids, groups, shown, rotary, max_new_tokens, forced)
+        ends = self.model.eos if until_eos and forced is None else ()
+        logits, answer = self._answer(ids, groups, shown, rotary, max_new_tokens if forced is None else len(forced), forced, ends)
         text = torch.zeros(max(len(answer) - 1, 0), dtype=torch.int64)
         self._history = _History(torch.cat([ids, torch.tensor(answer[:-1], dtype=torch.int64)]), torch.cat([groups, text]), shown)
         return ReferenceTurn(
@@ -114,6 +117,10 @@ class Reference:
             blocks=tuple(decoder.blocks),
             cache_rows=tuple(int(o.shape[0]) for o in decoder.cache.orders),
         )
+
+    def visual_tokens(self, pixels: NDArray[np.float32]) -> int:
+        """Return how many ids a prepared picture takes in a prompt."""
+        return self._bucket(pixels).tokens
 
     def _see(self, pixels: NDArray[np.float32], number: int) -> Seen:
         return see(self.model.tower, self._bucket(pixels), torch.from_numpy(pixels)[None].to(self.dtype), number, self.noise)
@@ -126,9 +133,16 @@ class Reference:
         return found[0]
 
     def _answer(
-        self, ids: Tensor, group: Tensor, pictures: Sequence[Seen], positions: Tensor | None, most: int, forced: Sequence[int] | None
+        self,
+        ids: Tensor,
+        group: Tensor,
+        pictures: Sequence[Seen],
+        positions: Tensor | None,
+        steps: int,
+        forced: Sequence[int] | None,
+        ends: Sequence[int],
     ) -> tuple[list[Tensor], list[int]]:
-        """Prefill, then one token at a time."""
+        """Prefill, then one token at a time, up to `steps` tokens or one of `ends`."""
         decoder = self._decoder
         hidden, source = decoder.embed(ids), torch.full_like(ids, -1)
         for number, picture in enumerate(pictures, start=1):
@@ -137,11 +151,10 @@ class Reference:
         decoder.turn_visual = torch.arange(decoder.places, decoder.places + ids.shape[0])[group > 0]
         logits = [decoder.feed(hidden, positions, group, source, select=True)]
         answer: list[int] = []
-        steps = most if forced is None else len(forced)
         while True:
             token = int(logits[-1].argmax()) if forced is None else int(forced[len(answer)])
             answer.append(token)
-            if len(answer) >= steps or (forced is None and token in self.model.eos):
+            if len(answer) >= steps or token in ends:
                 return logits, answer
             one = torch.zeros(1, dtype=torch.int64)
             logits.append(decoder.feed(decoder.embed(one + token), None, one, one - 1, select=False))

@@ -1,0 +1,124 @@
+"""Playing recorded conversations through a bundle's runtime, along the recorded answers, and comparing every step. No torch.
+
+Legend: n tokens of the turn, v visual tokens of a picture, m pictures of the bucket, k kept, t steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tmc_export.bundle.program import CutProgram
+from tmc_export.runtime._decoder import Route, TurnTrace
+from tmc_export.runtime.session import Prompt, Session
+from tmc_export.verify._trace import StageTrace
+from tmc_export.verify.compare import Check, compare_indices, compare_logits, compare_tensor
+from tmc_export.verify.recorded import Case, CaseTurn
+from tmc_export.verify.tolerances import Tolerance, margin_bound
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+
+__all__ = ["by_cut", "expected_places", "play"]
+
+
+def play(session: Session, cases: Iterable[Case], tolerance: Tolerance, precision: str, route: Route = "auto") -> tuple[Check, ...]:
+    """Play conversations and compare visual tokens, kept indices, and logits at every step.
+
+    Once a kept set differs within the tie margin, everything after it in that conversation rests on another choice: those comparisons are
+    left out and said to be.
+
+    Args:
+        session: the bundle; its conversation is lost.
+        cases: what the reference answered.
+        tolerance: for tensors.
+        precision: row of the margin table.
+        route: see `Decoder.turn`; `chunked` proves that chunking changes nothing.
+    """
+    checks: list[Check] = []
+    for case in cases:
+        session.reset()
+        for number, turn in enumerate(case.turns):
+            found = list(_play_turn(session, f"{case.name}/turn {number + 1}", turn, tolerance, precision, route))
+            checks += found
+            if any(c.exceptions for c in found):
+                break
+    return tuple(checks)
+
+
+def _play_turn(session: Session, name: str, turn: CaseTurn, tolerance: Tolerance, precision: str, route: Route) -> Iterable[Check]:
+    want, program = turn.expected, session.program
+    laid = session.prompt(turn.ids, _bucketed(session, turn.pixels))
+    for picture, tokens_wanted in enumerate(want.vision):
+        file = program.vision[laid.pixels[picture][0]].file
+        got = laid.tokens[picture] if picture < len(laid.tokens) else None
+        kept = list(_sources(name, laid, picture, want.stages, precision, file))
+        yield from kept
+        if any(c.exceptions for c in kept):
+            yield Check(f"{name}/picture {picture + 1}/tokens", file, True, "left out: another choice, within the tie margin")
+            return
+        yield compare_tensor(f"{name}/picture {picture + 1}/tokens", got, tokens_wanted, tolerance, file)
+    trace = session.run_prompt(laid, route)
+    kept = [c for cut in program.cuts for c in _kept(name, cut, trace, want.stages, program.images, precision)]
+    yield from kept
+    if any(c.exceptions for c in kept):
+        yield Check(f"{name}/logits", None, True, "left out: another token was kept, within the tie margin")
+        return
+    logits = [trace.logits, *(session.decoder.step(token) for token in want.tokens[:-1])]
+    yield compare_logits(f"{name}/logits", np.stack(logits), want.logits, tolerance)
+    rows = tuple(s.used for s in session.decoder.slots for _ in range(s.block.first, s.block.last))
+    fine = rows == want.cache_rows
+    yield Check(f"{name}/KV rows", None, fine, "" if fine else f"{rows} rows are filled, the reference holds {want.cache_rows}")
+
+
+def _bucketed(session: Session, pixels: Sequence[NDArray[np.float32]]) -> list[tuple[int, Array]]:
+    """Find each picture's bucket by its shape."""
+    shapes = [tuple(int(s) for s in _shape(session, i)) for i in range(len(session.program.vision))]
+    return [(shapes.index(p.shape), p[None].astype(session.program.dtype)) for p in pixels]
+
+
+def _shape(session: Session, bucket: int) -> tuple[int, ...]:
+    from tmc_export.core.image_rule import ImageRule
+
+    return tuple(ImageRule.from_json(dict(session.program.vision[bucket].rule)).shape)
+
+
+def _sources(name: str, laid: Prompt, picture: int, stages: Sequence[StageTrace], precision: str, file: str) -> Iterable[Check]:
+    """Compare the original indices that leave each stage of the vision graph."""
+    wanted = [s for s in stages if s.picture == picture + 1 and not s.at.startswith("decoder")]
+    got = laid.sources[picture] if picture < len(laid.sources) else ()
+    for number, stage in enumerate(wanted):
+        found = np.asarray(got[number], np.int64) if number < len(got) else None
+        label = f"{name}/picture {picture + 1}/{stage.method} at {stage.at}"
+        yield compare_indices(label, found, stage.source, tied=stage.tied(margin_bound(precision)), margin=stage.margin, subgraph=file)
+
+
+def by_cut(stages: Sequence[StageTrace], layer: int) -> list[list[StageTrace]]:
+    """Group the traces of the cut at a decoder layer by stage; within a stage, one per picture."""
+    found: dict[tuple[int, int], list[StageTrace]] = {}
+    for stage in stages:
+        if stage.at == f"decoder.{layer}":
+            found.setdefault((stage.entry, stage.index), []).append(stage)
+    return list(found.values())
+
+
+def expected_places(traces: Sequence[StageTrace], cut: CutProgram, images: int) -> Array:
+    """Return the live places `[≤ m·k]` among the bucket's `m·v` candidates: picture p's begin at p·v."""
+    each = cut.visual_in // max(images, 1)
+    return np.concatenate([t.kept + (t.picture - 1) * each if t.picture else t.kept for t in traces])
+
+
+def _kept(name: str, cut: CutProgram, trace: TurnTrace, stages: Sequence[StageTrace], images: int, precision: str) -> Iterable[Check]:
+    """Compare what a cut kept, stage by stage."""
+    for number, traces in enumerate(by_cut(stages, cut.layer)):
+        got = trace.kept.get((cut.before_block, number))
+        live = None if got is None else got[got >= 0]
+        tied = any(t.tied(margin_bound(precision)) for t in traces)
+        margins = [t.margin for t in traces if t.margin is not None]
+        label = f"{name}/{traces[0].method} at {traces[0].at}"
+        margin = min(margins, default=None)
+        yield compare_indices(label, live, expected_places(traces, cut, images), tied=tied, margin=margin, subgraph=cut.file)
