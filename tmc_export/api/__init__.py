@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tmc_export.api.build import BuildResult
+    from tmc_export.api.bundling import BuildResult
     from tmc_export.recipe import Recipe
     from tmc_export.runtime.session import Session
 
@@ -41,7 +41,7 @@ def build(
     Raises:
         TmcError: a recipe, model, plan or resource at fault; nothing half-written is left.
     """
-    from tmc_export.api.build import build_bundle
+    from tmc_export.api.bundling import build_bundle
     from tmc_export.recipe import Recipe, load_recipe
 
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)

@@ -23,7 +23,7 @@ def command(recipe: str, output: str, device: str | None, overrides: tuple[str, 
     """
     import time
 
-    from tmc_export.api.build import build_bundle
+    from tmc_export.api.bundling import build_bundle
 
     began = time.perf_counter()
 
