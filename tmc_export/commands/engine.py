@@ -19,7 +19,11 @@ __all__ = ["command"]
     help="tensorrt-rtx builds anywhere for the named GPUs; tensorrt builds on the device, for the device.",
 )
 @click.option(
-    "--capability", "capabilities", multiple=True, metavar="SM", help="Build for this GPU (tensorrt-rtx), such as SM89; repeatable. By default as before, else this GPU, else SM89."
+    "--capability",
+    "capabilities",
+    multiple=True,
+    metavar="SM",
+    help="GPU to build for (tensorrt-rtx), such as SM89; repeatable. By default as before, else this machine's.",
 )
 @click.option("--workspace-mib", type=click.IntRange(min=1), help="Scratch memory limit of the builder, MiB.")
 @click.option("--optimization-level", type=click.IntRange(0, 5), default=3, show_default=True, help="0 builds fast, 5 searches longest.")
@@ -87,7 +91,7 @@ def command(
             f"{report.name}: {report.size / 2**20:.1f} MiB, profiles {', '.join(report.profiles)}, "
             f"{report.multi_head_attention} fused attention, {state}"
         )
-        for warning in report.warnings:
+        for warning in report.warnings if report.built else ():
             click.echo(f"  warning: {warning}", err=True)
     for first in reports[:1]:
         target = ", ".join(first.capabilities) or "this GPU"

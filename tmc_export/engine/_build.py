@@ -21,6 +21,9 @@ __all__ = ["Job", "build"]
 Emit = Callable[[str, int, int], None]
 """Called with a phase, the steps done and the steps in all."""
 
+_NOISE = "has Int64 binding."
+"""Said of every int64 input and output since TensorRT keeps their type; nothing to act on."""
+
 _KEPT: list[Any] = []
 """Loggers, never released: TensorRT keeps the first one it was given and crashes when it is gone."""
 
@@ -56,7 +59,7 @@ def _logger(trt: ModuleType, log: _Log) -> Any:
                 log.layers += message + "\n"
             elif severity == trt.ILogger.INFO:
                 log.info.append(message)
-            elif severity == trt.ILogger.WARNING:
+            elif severity == trt.ILogger.WARNING and not message.endswith(_NOISE):
                 log.warnings.append(message)
             elif severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
                 log.errors.append(message)
