@@ -55,7 +55,9 @@ class _Exporter:
         self.profiles: list[dict[str, Any]] = []
 
     # ------------------------------------------------------------------------------------------------------ tracing
-    def _trace(self, module: Any, inputs: list[Tensor], names: tuple[list[str], list[str]], symbols: list[dict[int, str] | None]) -> ir.Model:
+    def _trace(
+        self, module: Any, inputs: list[Tensor], names: tuple[list[str], list[str]], symbols: list[dict[int, str] | None]
+    ) -> ir.Model:
         model = capture(
             module, inputs, input_names=names[0], output_names=names[1], symbols=symbols, model=self.model, checkpoint=self.checkpoint
         )
@@ -93,7 +95,11 @@ class _Exporter:
         ids = torch.zeros(self.plan.batch, _T, dtype=torch.long)
         model = self._trace(module, [ids], (["input_ids"], ["hidden"]), [{1: "T"}])
         self.store.externalize(model, "embed.data")
-        sizes: dict[PhaseName, int] = {"prefill": self.plan.images * self._visual() + self.plan.text_tokens, "chunk": self.plan.chunk, "decode": 1}
+        sizes: dict[PhaseName, int] = {
+            "prefill": self.plan.images * self._visual() + self.plan.text_tokens,
+            "chunk": self.plan.chunk,
+            "decode": 1,
+        }
         return {phase: GraphPhase(file=self._save(model, f"embed_{phase}", {"T": t}), tokens=t) for phase, t in sizes.items()}
 
     def _visual(self) -> int:
@@ -111,7 +117,8 @@ class _Exporter:
             "prefill": (plan.tokens, 0), "chunk": (self.plan.chunk, plan.capacity), "decode": (1, plan.capacity),
         }  # fmt: skip
         programs = {
-            phase: GraphPhase(file=self._save(model, f"{name}_{phase}", {"T": t, "P": p}), tokens=t, past=p) for phase, (t, p) in phases.items()
+            phase: GraphPhase(file=self._save(model, f"{name}_{phase}", {"T": t, "P": p}), tokens=t, past=p)
+            for phase, (t, p) in phases.items()
         }
         self._symbolic(model, name, phases, names[0], inputs, symbols)
         return BlockProgram(
@@ -136,7 +143,13 @@ class _Exporter:
         return inputs, symbols
 
     def _symbolic(
-        self, model: ir.Model, name: str, phases: dict[PhaseName, tuple[int, int]], names: list[str], inputs: list[Tensor], symbols: list[dict[int, str] | None]
+        self,
+        model: ir.Model,
+        name: str,
+        phases: dict[PhaseName, tuple[int, int]],
+        names: list[str],
+        inputs: list[Tensor],
+        symbols: list[dict[int, str] | None],
     ) -> None:
         """Keep the symbolic block for the engine builder, with the shapes of its phases."""
         self.engines.mkdir(exist_ok=True)
@@ -156,7 +169,8 @@ class _Exporter:
                 t = self.plan.decode_width
             size = {"T": t, "P": p}
             shapes = {
-                n: [size[axes[i]] if axes and i in axes else int(s) for i, s in enumerate(x.shape)] for n, x, axes in zip(names, inputs, symbols, strict=True)
+                n: [size[axes[i]] if axes and i in axes else int(s) for i, s in enumerate(x.shape)]
+                for n, x, axes in zip(names, inputs, symbols, strict=True)
             }
             profiles.append({"name": phase, "shapes": shapes})
         precision = "int4" if "decoder" in self.plan.quantize and self.plan.quantize["decoder"].weights == "int4" else self.plan.dtype

@@ -9,14 +9,20 @@ __all__ = ["command"]
 
 @click.command()
 @click.argument("recipe")
-@click.option("-o", "--output", "output", required=True, type=click.Path(), help="The bundle's folder; a bundle there is replaced at the end.")
+@click.option(
+    "-o", "--output", "output", required=True, type=click.Path(), help="The bundle's folder; a bundle there is replaced at the end."
+)
 @click.option("--device", help="Build for this device instead of the recipe's.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a value of the recipe, such as compress.0.keep=25%.")
 @click.option("--force", is_flag=True, help="Build even when the folder holds this very bundle.")
-@click.option("--engines/--no-engines", default=None, help="Build TensorRT-RTX engines; by default when the target's runtime is tensorrt-rtx.")
+@click.option(
+    "--engines/--no-engines", default=None, help="Build TensorRT-RTX engines; by default when the target's runtime is tensorrt-rtx."
+)
 @click.option("--record/--no-record", default=True, help="Run the PyTorch reference and keep its outputs for verify.")
 @click.option("-q", "--quiet", is_flag=True, help="Print the result only.")
-def command(recipe: str, output: str, device: str | None, overrides: tuple[str, ...], force: bool, engines: bool | None, record: bool, quiet: bool) -> None:
+def command(
+    recipe: str, output: str, device: str | None, overrides: tuple[str, ...], force: bool, engines: bool | None, record: bool, quiet: bool
+) -> None:
     """Compile RECIPE, a file or the name of a shipped recipe, into a bundle: one folder to copy to the device.
 
     Nothing is written to the folder until everything is built.

@@ -101,12 +101,20 @@ def capture(
             with tracing(TracingContext(mode)):
                 program = torch.export.export(module, tuple(inputs), dynamic_shapes=_nested(module, specs) if dims else None, strict=False)
             exported = torch.onnx.export(
-                program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False, input_names=list(input_names), output_names=list(output_names)
+                program,
+                dynamo=True,
+                optimize=False,
+                opset_version=OPSET,
+                verbose=False,
+                input_names=list(input_names),
+                output_names=list(output_names),
             )
     except Exception as error:
         if isinstance(error, ExportError):
             raise
-        raise ExportError(f"{type(module).__name__} could not be traced: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+        raise ExportError(
+            f"{type(module).__name__} could not be traced: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        ) from error
     if exported is None:
         raise ExportError(f"{type(module).__name__}: the exporter returned no program")
     graph_model = exported.model

@@ -105,7 +105,9 @@ def _files(folder: Path) -> dict[str, Path]:
             raise ModelError(f"{index} is not a shard index: {error}; fetch the model again") from error
         missing = sorted({name for name in listed.values() if not (folder / Path(name).name).is_file()})
         if missing:
-            raise ModelError(f"{folder}: {len(missing)} of {len(set(listed.values()))} weight shards are missing: {', '.join(missing)}; fetch them")
+            raise ModelError(
+                f"{folder}: {len(missing)} of {len(set(listed.values()))} weight shards are missing: {', '.join(missing)}; fetch them"
+            )
         return {key: folder / Path(name).name for key, name in listed.items()}
     single = folder / "model.safetensors"
     if not single.is_file():

@@ -27,7 +27,13 @@ class KeyedTensor(ir.LazyTensor):
 
 
 def derive(
-    source: ir.TensorProtocol, how: str, function: Callable[[Any], Any], *, shape: tuple[int, ...], name: str, dtype: ir.DataType | None = None
+    source: ir.TensorProtocol,
+    how: str,
+    function: Callable[[Any], Any],
+    *,
+    shape: tuple[int, ...],
+    name: str,
+    dtype: ir.DataType | None = None,
 ) -> KeyedTensor:
     """Return `function(source.numpy())` as a tensor that is computed at use.
 

@@ -27,7 +27,7 @@ def _parameters_on_meta() -> Iterator[None]:
         if parameter is not None:
             self._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -47,9 +47,10 @@ def make_skeleton(config: Any, dtype: torch.dtype, attention: str) -> nn.Module:
     """
     from transformers import AutoModelForImageTextToText
 
+    make: Any = AutoModelForImageTextToText
     try:
         with _parameters_on_meta(), torch.no_grad():
-            model: Any = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="eager")
+            model: Any = make.from_config(config, dtype=dtype, attn_implementation="eager")
     except (ValueError, KeyError, ImportError) as error:
         raise ModelError(f"transformers cannot make a model of this configuration: {error}") from error
     model.eval()

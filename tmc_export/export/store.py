@@ -54,7 +54,9 @@ class WeightStore:
                 self._places[key] = place
                 written += place[2]
             location, offset, length = self._places[key]
-            value.const_value = ir.ExternalTensor(location, offset, length, tensor.dtype, shape=ir.Shape(tensor.shape), name=name, base_dir=self.folder)
+            value.const_value = ir.ExternalTensor(
+                location, offset, length, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name, base_dir=self.folder
+            )
         return written
 
     def _append(self, file: str, data: bytes) -> tuple[str, int, int]:

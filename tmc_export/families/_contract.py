@@ -8,7 +8,7 @@ Legend: b batch, n tokens, c channels, h heads, d channels of a head, T new toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -22,8 +22,13 @@ __all__ = ["AttentionCore", "DecoderParts", "Family", "ModelFiles", "PositionRul
 
 PositionRule = Literal["sequential", "mrope"]
 
-AttentionCore = Callable[["Tensor", "Tensor", "Tensor", float], "Tensor"]
-"""`(query [b, h, n, d], key [b, h, n, d], value [b, h, n, d], scaling) -> [b, h, n, d]`; may capture, and adds a key bias."""
+
+class AttentionCore(Protocol):
+    """Attention without projections; may capture its operands, and adds a key bias."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
+        """All `[b, h, n, d]`; `mask` is additive and broadcasts to `[b, h, n, n]`. A layer with windows may put them on the batch axis."""
+        ...
 
 
 @dataclass(frozen=True)

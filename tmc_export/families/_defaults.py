@@ -36,6 +36,22 @@ DEFAULTS: Mapping[str, Mapping[str, int | None]] = {
         "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
         "vocab_size": 151936, "max_position_embeddings": 32768, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28,
     },
+    "qwen2_vl_vision": {
+        "depth": 32, "embed_dim": 1280, "hidden_size": 3584, "mlp_ratio": 4, "num_heads": 16, "patch_size": 14, "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    },
+    "qwen2_5_vl_vision": {
+        "depth": 32, "hidden_size": 3584, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584, "patch_size": 14,
+        "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112,
+    },
+    "qwen2_vl_text": {
+        "hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
+        "vocab_size": 152064, "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 80,
+    },
+    "qwen2_5_vl_text": {
+        "hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
+        "vocab_size": 152064, "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 80,
+    },
 }  # fmt: skip
 
 

@@ -57,9 +57,10 @@ class HuggingFaceDecoder:
     def __init__(self, text: nn.Module, head: nn.Module, axes: int) -> None:
         self._text: Any = text
         self._axes = axes
-        self.layers: nn.ModuleList = self._text.layers
-        self.norm: nn.Module = self._text.norm
-        self.embed: nn.Module = self._text.embed_tokens
+        whole: Any = text
+        self.layers: nn.ModuleList = whole.layers
+        self.norm: nn.Module = whole.norm
+        self.embed: nn.Module = whole.embed_tokens
         self.head = head
 
     def rotary(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,5 +78,9 @@ class HuggingFaceDecoder:
         """Input norm and self-attention; what matters is what the attention function records."""
         block: Any = self.layers[layer]
         block.self_attn(
-            hidden_states=block.input_layernorm(hidden), attention_mask=None, position_ids=None, past_key_values=None, position_embeddings=rotary
+            hidden_states=block.input_layernorm(hidden),
+            attention_mask=None,
+            position_ids=None,
+            past_key_values=None,
+            position_embeddings=rotary,
         )

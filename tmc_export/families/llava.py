@@ -66,7 +66,9 @@ class Llava(Family):
         if class_tokens and strategy == "full":
             raise ModelError("vision_feature_select_strategy 'full' keeps the class token as a visual token: not served; 'default' is")
         if not class_tokens and strategy == "default":
-            raise ModelError("vision_feature_select_strategy 'default' drops the first patch of an encoder without a class token; use 'full'")
+            raise ModelError(
+                "vision_feature_select_strategy 'default' drops the first patch of an encoder without a class token; use 'full'"
+            )
         return ModelFacts(
             family="llava",
             architecture="LlavaForConditionalGeneration",

@@ -9,7 +9,9 @@ from tmc_export.core.errors import ExportError
 
 __all__ = ["REFUSED_OPERATORS", "AssertStaticPass"]
 
-REFUSED_OPERATORS = frozenset({"NonZero", "Unique", "Compress", "NonMaxSuppression", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "BitwiseNot", "Range"})
+REFUSED_OPERATORS = frozenset(
+    {"NonZero", "Unique", "Compress", "NonMaxSuppression", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "BitwiseNot", "Range"}
+)
 """Operators with data-dependent shapes, or that TensorRT-RTX 1.7 refuses to parse; `Range` is folded to a constant when its ends are static."""
 
 TOP_K_LIMIT = 3840
@@ -38,8 +40,12 @@ class AssertStaticPass(ir.passes.InPlacePass):
         for node in model.graph.all_nodes():
             if node.domain not in ("", "ai.onnx"):
                 raise ExportError(f"{self.name}: operator {node.domain}::{node.op_type} is not standard ONNX (node '{node.name}')")
-            if node.op_type in REFUSED_OPERATORS or (node.op_type.startswith("Scatter") and node.attributes.get_string("reduction", "none") != "none"):
-                raise ExportError(f"{self.name}: operator {node.op_type} (node '{node.name}') has no static form in TensorRT; write the method without it")
+            if node.op_type in REFUSED_OPERATORS or (
+                node.op_type.startswith("Scatter") and node.attributes.get_string("reduction", "none") != "none"
+            ):
+                raise ExportError(
+                    f"{self.name}: operator {node.op_type} (node '{node.name}') has no static form in TensorRT; write the method without it"
+                )
             for value in node.outputs:
                 self._check(value, f"output of {node.op_type}")
         return ir.passes.PassResult(model, False)

@@ -5,6 +5,9 @@ Before: `MatMul(x, Transpose(W))` with `W [out, in]`. After: `MatMul(x, Wᵀ)` w
 
 from __future__ import annotations
 
+from functools import partial
+
+import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes
 
@@ -27,11 +30,12 @@ class FoldWeightTransposesPass(ir.passes.InPlacePass):
                 continue
             rank = len(source.const_value.shape)
             order = tuple(node.attributes.get_ints("perm", list(reversed(range(rank)))))
-            shape = tuple(int(source.const_value.shape[axis]) for axis in order)
+            sizes = source.const_value.shape.numpy()
+            shape = tuple(int(sizes[axis]) for axis in order)
             name = f"{source.name}.transposed_{''.join(map(str, order))}"
             out = node.outputs[0]
             if name not in graph.initializers:
-                tensor = derive(source.const_value, f"transpose{order}", lambda array, order=order: array.transpose(order), shape=shape, name=name)
+                tensor = derive(source.const_value, f"transpose{order}", partial(np.transpose, axes=order), shape=shape, name=name)
                 graph.initializers[name] = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
             out.replace_all_uses_with(graph.initializers[name])
             graph.remove(node, safe=True)

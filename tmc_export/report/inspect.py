@@ -41,11 +41,21 @@ def describe(folder: str | Path, *, operators: bool = False) -> dict[str, JsonVa
         "images": program.images,
         "visual_tokens": [v.tokens for v in program.vision],
         "blocks": [
-            {"layers": [b.first, b.last], "prompt_tokens": b.tokens, "capacity": b.capacity, "phases": {k: v.file for k, v in b.phases.items()}}
+            {
+                "layers": [b.first, b.last],
+                "prompt_tokens": b.tokens,
+                "capacity": b.capacity,
+                "phases": {k: v.file for k, v in b.phases.items()},
+            }
             for b in program.blocks
         ],
         "cuts": [
-            {"before_block": c.before_block, "methods": list(c.methods), "tokens": [c.tokens_in, c.tokens_out], "visual": [c.visual_in, c.visual_out]}
+            {
+                "before_block": c.before_block,
+                "methods": list(c.methods),
+                "tokens": [c.tokens_in, c.tokens_out],
+                "visual": [c.visual_in, c.visual_out],
+            }
             for c in program.cuts
         ],
         "graphs": graphs,
@@ -70,9 +80,13 @@ def render(found: dict[str, Any]) -> str:
     """Return `describe`'s result as text."""
     lines = [f"{found['name']}: {found['dtype']}, up to {found['images']} picture(s), visual tokens {found['visual_tokens']}"]
     for block in found["blocks"]:
-        lines.append(f"  block, layers {block['layers'][0]}..{block['layers'][1] - 1}: {block['prompt_tokens']} prompt tokens, {block['capacity']} slots")
+        lines.append(
+            f"  block, layers {block['layers'][0]}..{block['layers'][1] - 1}: {block['prompt_tokens']} prompt tokens, {block['capacity']} slots"
+        )
     for cut in found["cuts"]:
-        lines.append(f"  cut before block {cut['before_block']} ({', '.join(cut['methods'])}): visual tokens {cut['visual'][0]} -> {cut['visual'][1]}")
+        lines.append(
+            f"  cut before block {cut['before_block']} ({', '.join(cut['methods'])}): visual tokens {cut['visual'][0]} -> {cut['visual'][1]}"
+        )
     for kind in ("graphs", "weights", "engines"):
         lines.append(f"{kind}:")
         for name, entry in found[kind].items():

@@ -37,26 +37,28 @@ class Backend(Protocol):
         ...
 
 
-def _onnxruntime(folder: Path, threads: int | None) -> Backend:
+def _onnxruntime(folder: Path, threads: int | None, int4_accuracy: int) -> Backend:
     from tmc_export.runtime._onnxruntime import OnnxRuntimeBackend
 
-    return OnnxRuntimeBackend(folder, threads)
+    return OnnxRuntimeBackend(folder, threads, int4_accuracy)
 
 
-BACKENDS: dict[str, Callable[[Path, int | None], Backend]] = {"onnxruntime": _onnxruntime}
+BACKENDS: dict[str, Callable[[Path, int | None, int], Backend]] = {"onnxruntime": _onnxruntime}
 
 _NOT_BUILT = ("tensorrt", "tensorrt-rtx")
 
 
-def open_backend(name: str, folder: Path, threads: int | None = None) -> Backend:
-    """Return the backend of that name for a bundle.
+def open_backend(name: str, folder: Path, threads: int | None = None, int4_accuracy: int = 4) -> Backend:
+    """Return the backend of that name for a bundle; `int4_accuracy` is 4 (fast) or 1 (what a device computes).
 
     Raises:
         RuntimeInputError: it does not exist, or is not built yet.
     """
     if name in _NOT_BUILT:
-        raise RuntimeInputError(f"backend '{name}': running engines is not built yet; use --backend onnxruntime (engines are built, not run)")
+        raise RuntimeInputError(
+            f"backend '{name}': running engines is not built yet; use --backend onnxruntime (engines are built, not run)"
+        )
     if name not in BACKENDS:
         known = [*BACKENDS, *_NOT_BUILT]
         raise RuntimeInputError(f"unknown backend '{name}'{nearest(name, known)}; choose one of: {', '.join(known)}")
-    return BACKENDS[name](folder, threads)
+    return BACKENDS[name](folder, threads, int4_accuracy)

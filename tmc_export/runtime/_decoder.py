@@ -237,7 +237,9 @@ class Decoder:
         for picture in range(int(flow.group.max())):
             found = np.flatnonzero(flow.group == picture + 1)
             if picture >= self.program.images or found.shape[0] > each:
-                raise RuntimeInputError(f"picture {picture + 1} brings {found.shape[0]} tokens; the bundle takes {self.program.images} picture(s) of {each}")
+                raise RuntimeInputError(
+                    f"picture {picture + 1} brings {found.shape[0]} tokens; the bundle takes {self.program.images} picture(s) of {each}"
+                )
             places[picture, : found.shape[0]], alive[picture, : found.shape[0]] = found, True
         return places.reshape(-1), alive.reshape(-1)
 
@@ -249,7 +251,9 @@ class Decoder:
             if not layers:
                 continue
             if len(layers) != slots.block.last - slots.block.first or any((masks[i] != masks[layers[0]]).any() for i in layers):
-                raise BundleError(f"the layers of block {slots.block.index} keep different KV rows, which share one slot table; build the bundle again")
+                raise BundleError(
+                    f"the layers of block {slots.block.index} keep different KV rows, which share one slot table; build the bundle again"
+                )
             slots.compact(start, masks[layers[0]])
 
     # ---------------------------------------------------------------------------------------------------------- step

@@ -68,7 +68,9 @@ class BlockSlots:
         count, start = order.shape[0], self.used
         for layer in self._layers:
             for kind in ("key", "value"):
-                self._buffers[f"past_key_values.{layer}.{kind}"][:, :, start : start + count] = present[f"present.{layer}.{kind}"][:, :, :count]
+                self._buffers[f"past_key_values.{layer}.{kind}"][:, :, start : start + count] = present[f"present.{layer}.{kind}"][
+                    :, :, :count
+                ]
         self.order[0, start : start + count] = order
         self.valid[0, start : start + count] = True
         self.used += count

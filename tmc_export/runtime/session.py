@@ -103,9 +103,9 @@ class Session:
         tokenizer, template: text side; `template` is None where the model has none.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, backend: str, threads: int | None) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, backend: str, threads: int | None, int4_accuracy: int = 4) -> None:
         self.folder, self.manifest, self.program = folder, manifest, manifest.program
-        self._backend = open_backend(backend, folder, threads)
+        self._backend = open_backend(backend, folder, threads, int4_accuracy)
         self.decoder = Decoder(self.program, self._backend)
         self.tokenizer = Tokenizer(folder / "model")
         self.template = ChatTemplate.from_folder(folder / "model", self.tokenizer.special_tokens)
@@ -113,6 +113,8 @@ class Session:
         self._messages: list[dict[str, object]] = []
         self._said = self._answered = ""
         self._unfed: tuple[int, ...] = ()
+        self._fed: list[int] = []
+        self._seen: list[tuple[int, Array]] = []
         for vision in self.program.vision:
             self._backend.graph(vision.file)
         self.decoder.graphs()
@@ -121,6 +123,7 @@ class Session:
         """Start a new conversation."""
         self.decoder.reset()
         self._messages, self._said, self._answered, self._unfed = [], "", "", ()
+        self._fed, self._seen = [], []
 
     # ------------------------------------------------------------------------------------------------------- inputs
     def encode_images(self, images: Sequence[ImageLike]) -> tuple[tuple[int, Array], ...]:
@@ -130,7 +133,9 @@ class Session:
             RuntimeInputError: too many pictures, or one that cannot be read.
         """
         if len(images) > self.program.images:
-            raise RuntimeInputError(f"{len(images)} pictures given, the bundle takes {self.program.images}; build with inputs.images: {len(images)}")
+            raise RuntimeInputError(
+                f"{len(images)} pictures given, the bundle takes {self.program.images}; build with inputs.images: {len(images)}"
+            )
         found = []
         for source in images:
             image = load_image(source)
@@ -152,21 +157,32 @@ class Session:
             tokens.append(out["tokens"][0])
             sources.append(tuple(out[f"source.{n}"][0] for n in range(len(vision.stages))))
         expanded, group = expand_image_tokens(ids, self.program.image_token, [t.shape[0] for t in tokens])
-        positions, following = self._positions(group, [b for b, _ in pixels])
+        positions, following = self._positions(group, [b for b, _ in pixels], sources)
         return Prompt(expanded, group, positions, following, tuple(pixels), tuple(tokens), tuple(sources))
 
-    def _positions(self, group: Array, buckets: Sequence[int]) -> tuple[Array, int]:
+    def _positions(self, group: Array, buckets: Sequence[int], sources: Sequence[tuple[Array, ...]]) -> tuple[Array, int]:
+        """Rotary positions of a turn; tokens that form no raster any more keep the place of the token they come from."""
         start, count = self.decoder.next_position, group.shape[0]
         if self.program.position_rule == "sequential":
             return np.broadcast_to(start + np.arange(count), (self.program.rope_axes, count)), start + count
-        grids = []
-        for bucket in buckets:
-            grid = self.program.vision[bucket].grid
-            if grid is None:
-                raise RuntimeInputError("this bundle's visual tokens form no raster, and its positions need one; build it with a method that keeps the raster")
-            grids.append((1, grid[0], grid[1]))
-        found = mrope_positions(group, grids, start)
-        return found.positions, found.next_position
+        grids: list[tuple[int, int, int]] = []
+        places: list[Array] = []
+        whole: list[Array] = []
+        for picture, bucket in enumerate(buckets):
+            vision = self.program.vision[bucket]
+            rows, columns = vision.grid or vision.full_grid
+            grids.append((1, rows, columns))
+            places.append(np.arange(rows * columns) if vision.grid else sources[picture][-1])
+        ends: list[int] = [0, *(np.flatnonzero(np.diff(group)) + 1), count]  # borders of the runs of one picture or of text
+        kept: list[Array] = []
+        for begin, end in zip(ends[:-1], ends[1:], strict=True):
+            picture = int(group[begin]) - 1
+            size = int(end - begin) if picture < 0 else grids[picture][1] * grids[picture][2]
+            offset = sum(part.shape[0] for part in whole)
+            kept.append(offset + (np.arange(size) if picture < 0 else places[picture]))
+            whole.append(np.full(size, picture + 1))
+        found = mrope_positions(np.concatenate(whole), grids, start)
+        return found.positions[:, np.concatenate(kept)], found.next_position
 
     def run_prompt(self, prompt: Prompt, route: Route = "auto") -> TurnTrace:
         """Put the visual tokens in place and run the turn through the decoder."""
@@ -255,6 +271,11 @@ class Session:
         use_chat = chat and self.template is not None
         pixels = self.encode_images(images)
         ids = self.chat_ids(prompt, len(images)) if use_chat else self.plain_ids(prompt, len(images))
+        self._fed += ids
+        self._seen += pixels
+        if self.program.turns == "recompute":
+            self.decoder.reset()
+            ids, pixels = list(self._fed), tuple(self._seen)
         laid = self.prompt(ids, pixels)
         seen = time.perf_counter()
         trace = self.run_prompt(laid, route)
@@ -262,6 +283,7 @@ class Session:
         if limit < 1:
             raise RuntimeInputError(f"max_new_tokens is {limit}; give 1 or more")
         tokens, text, finish, times = self._decode(trace.logits, limit, Sampler(sampling or Sampling()), StopStrings(stop), on_text)
+        self._fed += tokens[:-1]
         if use_chat:
             self._remember(text, tokens)
         first = times[0] - began
@@ -323,13 +345,14 @@ class Session:
         return found
 
 
-def load(folder: str | Path, *, backend: str = "onnxruntime", threads: int | None = None) -> Session:
+def load(folder: str | Path, *, backend: str = "onnxruntime", threads: int | None = None, int4_accuracy: int = 4) -> Session:
     """Open a bundle.
 
     Args:
         folder: the bundle.
         backend: `onnxruntime`, `tensorrt` or `tensorrt-rtx`.
         threads: threads of the CPU path; None: its own choice.
+        int4_accuracy: how the CPU path multiplies int4 weights: 4 rounds activations to int8 (fast), 1 keeps them (what a device computes).
 
     Raises:
         BundleError: files are missing or damaged.
@@ -339,4 +362,4 @@ def load(folder: str | Path, *, backend: str = "onnxruntime", threads: int | Non
     small = [name for name, entry in manifest.files.items() if entry.size <= _HASHED_BYTES and not name.startswith("engines/")]
     check_files(path, manifest, sizes_only=True)
     check_files(path, manifest, small)
-    return Session(path, manifest, backend, threads)
+    return Session(path, manifest, backend, threads, int4_accuracy)

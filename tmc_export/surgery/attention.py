@@ -94,7 +94,9 @@ def _static_attention(
 ) -> tuple[Tensor, None]:
     state = _STATE.get()
     if state is None:
-        raise ExportError("the static attention function ran outside of a subgraph; load the model with its own attention to run it as it is")
+        raise ExportError(
+            "the static attention function ran outside of a subgraph; load the model with its own attention to run it as it is"
+        )
     if options.get("softcap"):
         raise ExportError(f"attention with softcap={options['softcap']} is not served")
     layer = int(module.layer_idx)

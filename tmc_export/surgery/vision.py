@@ -43,25 +43,35 @@ class VisionTrace:
         self.states: dict[int, dict[str, Tensor]] = {}
         self.reports: list[tuple[Tensor, Tensor | None]] = []
 
-    def core(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """Attend and remember the operands: all `[b, h, n, d]`."""
+    def core(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
+        """Attend and remember the operands: all `[b, h, n, d]`; the mask is additive."""
         query = query * scaling
-        self._query, self._key = query, key
+        self._query, self._key, self._mask = query, key, mask
         logits = query @ key.transpose(-1, -2)
-        if self.key_bias is not None:
-            logits = logits + self.key_bias[:, None, None, :].to(logits.dtype)
+        if (bias := self._bias()) is not None:
+            logits = logits + bias.to(logits.dtype)
         return logits.softmax(-1) @ value
+
+    def _bias(self) -> Tensor | None:
+        """What the layer that ran last added to its scores: mask and key bias, broadcastable to `[b, h, n, n]`."""
+        if self.key_bias is None:
+            return self._mask
+        bias = self.key_bias[:, None, None, :]
+        return bias if self._mask is None else self._mask + bias
 
     def capture(self, needs: tuple[Need, ...], layer: int, place: str) -> None:
         """Compute what a stage asked for out of the layer that ran last."""
+        if any(isinstance(n, (Keys, Attention)) for n in needs) and self._query.shape[0] != self.tokens.shape[0]:
+            raise ExportError(f"encoder layer {layer} attends within windows: it has no keys or scores over all tokens for {place}")
         for need in needs:
             if isinstance(need, Keys):
                 self.captured[need] = self._key.transpose(1, 2)
             elif isinstance(need, Features):
                 self.captured[need] = self.features[need.layer if need.layer >= 0 else layer]
             elif isinstance(need, Attention) and need.layer == "previous" and need.rows in ("cls", "all"):
-                query = self._query[:, :, :1] if need.rows == "cls" else self._query
-                bias = None if self.key_bias is None else self.key_bias[:, None, None, :]
+                query, bias = self._query, self._bias()
+                if need.rows == "cls":
+                    query, bias = query[:, :, :1], None if bias is None else bias[:, :, :1]
                 self.captured[need] = attention_scores(query, self._key, bias, need)
             else:
                 raise ExportError(f"an encoder cannot give {need} at {place}; it has class-token rows, column sums, keys and features")
