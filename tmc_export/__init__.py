@@ -6,7 +6,11 @@ Importing this package imports nothing else: `build` and `load` are fetched from
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tmc_export.api import build as build
+    from tmc_export.api import load as load
 
 __all__ = ["__version__", "build", "load"]
 
