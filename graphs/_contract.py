@@ -4,8 +4,8 @@ A method is a class with four functions. Three of them (`stages`, `weights`, `la
 import torch, so that a plan can be made without it; `apply` computes on tensors of static shape. The framework moves
 positions, masks, features and key biases along `source` and `mix`; a method never touches them.
 
-Legend: b batch (under `scope: image` every picture is an item of the batch), n candidates that arrive, k tokens that leave, c channels, m text
-tokens, h heads, r rotary axes.
+Legend: b batch (under `scope: image` every picture is an item of the batch), n candidates that arrive, k tokens that leave, c channels,
+m text tokens, h heads, r rotary axes.
 """
 
 from __future__ import annotations
@@ -154,8 +154,8 @@ class Need:
 class Attention(Need):
     """Attention weights of one layer, over the candidates.
 
-    Captured as `[b, n]` for `rows` of `last` and `cls`; `heads="none"` puts the head axis after the batch: `[b, h, n]`. For `rows="text"` and
-    `"window"`: `[b, rows, n]` (`[b, h, rows, n]` with `heads="none"`). For `rows="all"`: the column sums `[b, n]`.
+    Captured as `[b, n]` for `rows` of `last` and `cls`; `heads="none"` puts the head axis after the batch: `[b, h, n]`. For `rows="text"`
+    and `"window"`: `[b, rows, n]` (`[b, h, rows, n]` with `heads="none"`). For `rows="all"`: the column sums `[b, n]`.
     The weights are softmax over **every** visible key (past, text and visual), in float32; the columns of the candidates are then taken.
 
     Attributes:
@@ -226,8 +226,8 @@ class Layout:
         width: channels.
         positions: what happens to rotary positions at this cut; only read at decoder sites.
         kv_rows: decoder layer → visual KV rows left in a layer *before* the cut (retroactive pruning); empty when untouched.
-        entry_tokens: candidates that arrived at the first cut of the recipe entry, for methods that budget against them (PyramidDrop); such a
-            method's own `layout` sets it at its first stage and reads it at the later ones; every other layout leaves None.
+        entry_tokens: candidates that arrived at the first cut of the recipe entry, for methods that budget against them (PyramidDrop);
+            such a method's own `layout` sets it at its first stage and reads it at the later ones; every other layout leaves None.
     """
 
     segments: tuple[Segment, ...]

@@ -84,7 +84,9 @@ def build_bundle(
         return BuildResult(target, found, cached=True)
     require("torch", extra="export", purpose="build a bundle")
     from tmc_export.api.subgraphs import export_subgraphs
+    from tmc_export.export.task import check_task
 
+    check_task(folder, plan.facts.architecture)
     config = _config(folder)
     with atomic_folder(target) as work:
         exported = export_subgraphs(plan, files, folder, config, work, loaded.inputs.fit, lambda name: progress(f"export {name}"))

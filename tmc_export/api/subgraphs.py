@@ -11,6 +11,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from tmc_export.api._schemes import GraphKind, PartSchemes
 from tmc_export.bundle.program import BlockProgram, CutProgram, GraphPhase, PhaseName, Program, VisionProgram
 from tmc_export.export.capture import capture
 from tmc_export.export.checkpoint import Checkpoint, open_checkpoint
@@ -18,6 +19,7 @@ from tmc_export.export.skeleton import make_skeleton
 from tmc_export.export.store import WeightStore
 from tmc_export.families import FAMILIES
 from tmc_export.families._contract import DecoderParts, Family, ModelFiles
+from tmc_export.passes.fold_weight_transposes import FoldWeightTransposesPass
 from tmc_export.passes.pipeline import clean, specialize
 from tmc_export.plan.types import BlockPlan, CutPlan, Plan, VisionPlan
 from tmc_export.surgery.attention import register_attention
@@ -52,6 +54,7 @@ class _Exporter:
         self.onnx, self.engines = out / "onnx", out / "engines"
         self.onnx.mkdir(parents=True, exist_ok=True)
         self.store = WeightStore(self.onnx)
+        self.schemes = PartSchemes(plan, self.model, self.checkpoint, self.parts)
         self.profiles: list[dict[str, Any]] = []
 
     # ------------------------------------------------------------------------------------------------------ tracing
@@ -61,10 +64,13 @@ class _Exporter:
         model = capture(
             module, inputs, input_names=names[0], output_names=names[1], symbols=symbols, model=self.model, checkpoint=self.checkpoint
         )
+        FoldWeightTransposesPass()(model)  # before any folding, so that weights keep their names and stay lazy
         return clean(model)
 
-    def _save(self, model: ir.Model, name: str, sizes: dict[str, int]) -> str:
+    def _save(self, model: ir.Model, name: str, sizes: dict[str, int], kind: GraphKind, data: str) -> str:
         static = specialize(model, sizes, name)
+        self.schemes.apply(static, kind)
+        self.store.externalize(static, data)
         path = self.onnx / f"{name}.onnx"
         ir.save(static, path)
         return f"onnx/{name}.onnx"
@@ -77,8 +83,7 @@ class _Exporter:
         module = Vision(self.family.vision(self.model, plan.size, plan.grid), plan)
         pixels = torch.zeros(self.plan.batch, *rule.shape, dtype=self.dtype)
         model = self._trace(module, [pixels], (["pixels"], module.output_names()), [None])
-        self.store.externalize(model, "vision.data")
-        file = self._save(model, name, {})
+        file = self._save(model, name, {}, "vision", "vision.data")
         self.profiles.append({"name": name, "onnx": file, "precision": self.plan.dtype, "profiles": [{"name": "static", "shapes": {}}]})
         return VisionProgram(
             file=file,
@@ -94,13 +99,15 @@ class _Exporter:
         module = Embed(self.parts)
         ids = torch.zeros(self.plan.batch, _T, dtype=torch.long)
         model = self._trace(module, [ids], (["input_ids"], ["hidden"]), [{1: "T"}])
-        self.store.externalize(model, "embed.data")
         sizes: dict[PhaseName, int] = {
             "prefill": self.plan.images * self._visual() + self.plan.text_tokens,
             "chunk": self.plan.chunk,
             "decode": 1,
         }
-        return {phase: GraphPhase(file=self._save(model, f"embed_{phase}", {"T": t}), tokens=t) for phase, t in sizes.items()}
+        return {
+            phase: GraphPhase(file=self._save(model, f"embed_{phase}", {"T": t}, "embed", "embed.data"), tokens=t)
+            for phase, t in sizes.items()
+        }
 
     def _visual(self) -> int:
         return max((v.tokens for v in self.plan.vision), default=0)
@@ -112,12 +119,11 @@ class _Exporter:
         inputs, symbols = self._block_inputs(plan, module.needs_last)
         names = (module.input_names(), module.output_names())
         model = self._trace(module, inputs, names, symbols)
-        self.store.externalize(model, f"{name}.data")
         phases: dict[PhaseName, tuple[int, int]] = {
             "prefill": (plan.tokens, 0), "chunk": (self.plan.chunk, plan.capacity), "decode": (1, plan.capacity),
         }  # fmt: skip
         programs = {
-            phase: GraphPhase(file=self._save(model, f"{name}_{phase}", {"T": t, "P": p}), tokens=t, past=p)
+            phase: GraphPhase(file=self._save(model, f"{name}_{phase}", {"T": t, "P": p}, "block", f"{name}.data"), tokens=t, past=p)
             for phase, (t, p) in phases.items()
         }
         self._symbolic(model, name, phases, names[0], inputs, symbols)
@@ -155,6 +161,8 @@ class _Exporter:
         self.engines.mkdir(exist_ok=True)
         symbolic = model.clone()
         symbolic.graph.name = name
+        self.schemes.apply(symbolic, "block")
+        self.store.externalize(symbolic, f"{name}.data")
         for value in symbolic.graph.initializers.values():
             tensor = value.const_value
             if isinstance(tensor, ir.ExternalTensor):
@@ -183,12 +191,12 @@ class _Exporter:
         inputs = self._cut_inputs(module, plan)
         names = (module.input_names(), module.output_names())
         model = self._trace(module, inputs, names, [None] * len(inputs))
-        self.store.externalize(model, f"{name}.data")
-        file = self._save(model, name, {})
+        file = self._save(model, name, {}, "compress", f"{name}.data")
         self.profiles.append({"name": name, "onnx": file, "precision": self.plan.dtype, "profiles": [{"name": "static", "shapes": {}}]})
         return CutProgram(
             before_block=plan.before_block, layer=plan.layer, file=file, tokens_in=plan.tokens_in, tokens_out=plan.tokens_out,
-            visual_in=plan.visual_in, visual_out=plan.visual_out, positions=plan.positions, previous=bool(module.previous), next=bool(module.next),
+            visual_in=plan.visual_in, visual_out=plan.visual_out, positions=plan.positions,
+            previous=bool(module.previous), next=bool(module.next),
             kv=tuple(sorted({i for s in plan.stages for i in s.after.kv_rows})), methods=tuple(s.method for s in plan.stages),
         )  # fmt: skip
 
@@ -237,11 +245,13 @@ def export_subgraphs(plan: Plan, files: ModelFiles, folder: Path, config: Any, o
     embed = work.embed()
     blocks = tuple(work.block(b) for b in plan.blocks)
     cuts = tuple(work.cut(c) for c in plan.cuts)
+    work.schemes.finish()
     d, rules = plan.facts.decoder, work.family.tokens(files)
     program = Program(
-        family=plan.facts.family, dtype="float16" if plan.dtype == "float16" else "float32", batch=plan.batch, images=plan.images, width=d.width,
-        vocabulary=d.vocabulary, heads=d.heads, kv_heads=d.kv_heads, head_dim=d.head_dim, rope_axes=d.rope_axes,
-        position_rule=work.family.position_rule(files), text_tokens=plan.text_tokens, new_tokens=plan.new_tokens, chunk=plan.chunk, turns=plan.turns,
+        family=plan.facts.family, dtype="float16" if plan.dtype == "float16" else "float32", batch=plan.batch, images=plan.images,
+        width=d.width,        vocabulary=d.vocabulary, heads=d.heads, kv_heads=d.kv_heads, head_dim=d.head_dim, rope_axes=d.rope_axes,
+        position_rule=work.family.position_rule(files), text_tokens=plan.text_tokens, new_tokens=plan.new_tokens,
+        chunk=plan.chunk, turns=plan.turns,
         image_token=rules.image, image_text=rules.image_text, eos=rules.eos, vision=vision, embed=embed, blocks=blocks, cuts=cuts,
     )  # fmt: skip
     return Exported(program, work.profiles)

@@ -57,6 +57,7 @@ def command(
     rate = f", {1e3 / t.token_ms:.1f} tokens/s" if t.token_ms else ""
     ends = {"eos": "", "length": "; ended at --max-new-tokens", "stop": "; ended at a stop text", "context": "; the context is full"}
     click.echo(
-        f"[{answer.prompt_tokens} prompt tokens, {len(answer.tokens)} new; first token {t.first_token_ms:.0f} ms{rate}{ends[answer.finish]}]",
+        f"[{answer.prompt_tokens} prompt tokens, {len(answer.tokens)} new; "
+        f"first token {t.first_token_ms:.0f} ms{rate}{ends[answer.finish]}]",
         err=True,
     )

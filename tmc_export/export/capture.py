@@ -80,7 +80,8 @@ def capture(
     Args:
         module: its forward takes `inputs` in order; parameters belong to `model` and lie on the meta device.
         inputs: small real examples; only shapes and dtypes count.
-        input_names, output_names: names in the graph.
+        input_names: names of the inputs in the graph.
+        output_names: names of the outputs in the graph.
         symbols: per input, axis → name of its symbolic dimension.
         model: the whole model, whose state-dict names the initializers are bound to.
         checkpoint: where they are read.

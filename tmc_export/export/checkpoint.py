@@ -62,7 +62,8 @@ class Checkpoint:
         tensor = parts[0] if source.converter is None else _convert(source, parts, name)
         if tuple(tensor.shape) != self.shapes[name]:
             raise ModelError(
-                f"{source.parts[0][0]}: tensor '{source.parts[0][1]}' has shape {list(tensor.shape)}, the model expects {list(self.shapes[name])}; "
+                f"{source.parts[0][0]}: tensor '{source.parts[0][1]}' has shape {list(tensor.shape)}, "
+                f"the model expects {list(self.shapes[name])}; "
                 "config.json and weights do not belong together"
             )
         if dtype == torch.float16 and tensor.dtype != torch.float16:
@@ -162,7 +163,8 @@ def open_checkpoint(folder: Path, model: nn.Module) -> Checkpoint:
     lost = sorted(set(state) - set(sources))
     if lost:
         raise ModelError(
-            f"{folder} lacks {len(lost)} tensors that {type(model).__name__} needs, the first is '{lost[0]}'; the weights are incomplete or of another model"
+            f"{folder} lacks {len(lost)} tensors that {type(model).__name__} needs, the first is '{lost[0]}'; "
+            "the weights are incomplete or of another model"
         )
     return Checkpoint(folder, sources, {name: tuple(t.shape) for name, t in state.items()})
 

@@ -7,8 +7,8 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from tmc_export.export.lazy_tensors import KeyedTensor
 from tmc_export.export.checkpoint import Checkpoint
+from tmc_export.export.lazy_tensors import KeyedTensor
 
 __all__ = ["CheckpointTensor", "numpy_of"]
 

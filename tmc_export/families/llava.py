@@ -11,7 +11,7 @@ from tmc_export.core.errors import ModelError
 from tmc_export.core.facts import EncoderFacts, ModelFacts
 from tmc_export.core.image_rule import ImageRule
 from tmc_export.families import register_family
-from tmc_export.families._contract import AttentionCore, DecoderParts, Family, ModelFiles, TokenRules, VisionParts
+from tmc_export.families._contract import DecoderParts, Family, ModelFiles, TokenRules, VisionParts
 from tmc_export.families._defaults import decoder_facts, decoder_windows, filled
 from tmc_export.families._parts import ClipLikeEncoder, HuggingFaceDecoder
 

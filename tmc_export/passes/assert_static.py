@@ -12,7 +12,10 @@ __all__ = ["REFUSED_OPERATORS", "AssertStaticPass"]
 REFUSED_OPERATORS = frozenset(
     {"NonZero", "Unique", "Compress", "NonMaxSuppression", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "BitwiseNot", "Range"}
 )
-"""Operators with data-dependent shapes, or that TensorRT-RTX 1.7 refuses to parse; `Range` is folded to a constant when its ends are static."""
+"""Operators with data-dependent shapes, or that TensorRT-RTX 1.7 refuses to parse.
+
+`Range` is folded to a constant when its ends are static.
+"""
 
 TOP_K_LIMIT = 3840
 """Largest k that TensorRT-RTX 1.7 builds."""

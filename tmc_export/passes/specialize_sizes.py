@@ -1,7 +1,7 @@
 """Give every symbolic dimension its number.
 
-Before: inputs such as `hidden [1, T, 896]`, `past_key_values.0.key [1, 2, P, 64]`. After: `[1, 640, 896]`, `[1, 2, 0, 64]`; shapes computed in the
-graph are folded to constants afterwards by the optimizer.
+Before: inputs such as `hidden [1, T, 896]`, `past_key_values.0.key [1, 2, P, 64]`. After: `[1, 640, 896]`, `[1, 2, 0, 64]`; shapes computed
+in the graph are folded to constants afterwards by the optimizer.
 """
 
 from __future__ import annotations

@@ -78,7 +78,9 @@ def _read(recipe: Recipe, index: int, facts: ModelFacts) -> Entry:
     except ValueError as error:
         raise LegalityError(f"{origin()}: method '{written.method}' at {written.at}: {error}") from error
     if written.scope == "joint" and any(s.at.part != "decoder" for s in stages):
-        raise LegalityError(f"{origin('scope')}: scope: joint needs all pictures at once, which only decoder sites see; remove it or move to decoder.<k>")
+        raise LegalityError(
+            f"{origin('scope')}: scope: joint needs all pictures at once, which only decoder sites see; remove it or move to decoder.<k>"
+        )
     return Entry(index, written.method, method, config, written.scope, stages, origin)
 
 

@@ -33,7 +33,9 @@ def fetch(recipe: Recipe, *, weights: bool) -> Path:
     if folder is not None:
         if not (folder / "config.json").is_file():
             what = "holds no config.json" if folder.is_dir() else "does not exist"
-            raise ModelError(f"{place}: model.source: the folder '{recipe.model.source}' ({folder}) {what}; name a Hugging Face model folder or a hub id")
+            raise ModelError(
+                f"{place}: model.source: the folder '{recipe.model.source}' ({folder}) {what}; name a Hugging Face model folder or a hub id"
+            )
         return folder
     hub = require("huggingface_hub", extra="export", purpose=f"look up the model '{recipe.model.source}'")
     patterns = [*SMALL_FILES, *(["*.safetensors"] if weights else [])]
@@ -43,7 +45,8 @@ def fetch(recipe: Recipe, *, weights: bool) -> Path:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise ModelError(
-            f"{place}: model.source: '{recipe.model.source}' is no folder beside the recipe and could not be fetched from the hub{offline}: {reason}"
+            f"{place}: model.source: '{recipe.model.source}' is no folder beside the recipe "
+            f"and could not be fetched from the hub{offline}: {reason}"
         ) from error
 
 

@@ -81,11 +81,13 @@ def render(found: dict[str, Any]) -> str:
     lines = [f"{found['name']}: {found['dtype']}, up to {found['images']} picture(s), visual tokens {found['visual_tokens']}"]
     for block in found["blocks"]:
         lines.append(
-            f"  block, layers {block['layers'][0]}..{block['layers'][1] - 1}: {block['prompt_tokens']} prompt tokens, {block['capacity']} slots"
+            f"  block, layers {block['layers'][0]}..{block['layers'][1] - 1}: "
+            f"{block['prompt_tokens']} prompt tokens, {block['capacity']} slots"
         )
     for cut in found["cuts"]:
         lines.append(
-            f"  cut before block {cut['before_block']} ({', '.join(cut['methods'])}): visual tokens {cut['visual'][0]} -> {cut['visual'][1]}"
+            f"  cut before block {cut['before_block']} ({', '.join(cut['methods'])}): "
+            f"visual tokens {cut['visual'][0]} -> {cut['visual'][1]}"
         )
     for kind in ("graphs", "weights", "engines"):
         lines.append(f"{kind}:")

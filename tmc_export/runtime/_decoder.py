@@ -151,7 +151,8 @@ class Decoder:
         if not fits and bool((flow.group > 0).any()):
             raise RuntimeInputError(
                 f"the prompt has {flow.count} tokens, the bucket holds {self.program.blocks[0].tokens} "
-                f"({self.program.images} pictures and {self.program.text_tokens} text tokens); shorten it, or build with a larger inputs.text_tokens"
+                f"({self.program.images} pictures and {self.program.text_tokens} text tokens); "
+                "shorten it, or build with a larger inputs.text_tokens"
             )
         if route == "auto":
             return "whole" if empty and fits and flow.count > self.program.chunk else "chunked"

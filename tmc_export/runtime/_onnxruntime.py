@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import onnxruntime as ort
 
 from tmc_export.bundle.read import path_in
-from tmc_export.core.errors import BundleError, ResourceError
+from tmc_export.core.errors import BundleError, ResourceError, RuntimeInputError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -37,12 +37,19 @@ class OnnxRuntimeBackend:
     Args:
         folder: the bundle.
         threads: threads inside an operator; None: onnxruntime's choice.
+        int4_accuracy: 1: int4 weights times float activations, what a device computes; 4: activations rounded to int8 for each product, faster.
+
+    Raises:
+        RuntimeInputError: another accuracy.
     """
 
     name = "onnxruntime"
 
-    def __init__(self, folder: Path, threads: int | None = None) -> None:
+    def __init__(self, folder: Path, threads: int | None = None, int4_accuracy: int = 4) -> None:
+        if int4_accuracy not in (1, 4):
+            raise RuntimeInputError(f"int4_accuracy is {int4_accuracy}; use 4 (fast) or 1 (what a device computes)")
         self._folder = folder
+        self._accuracy = int4_accuracy
         self._threads = threads
         self._graphs: dict[str, _OrtGraph] = {}
 
@@ -56,6 +63,7 @@ class OnnxRuntimeBackend:
         if file not in self._graphs:
             options = ort.SessionOptions()
             options.log_severity_level = 3
+            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(self._accuracy))
             if self._threads is not None:
                 options.intra_op_num_threads = self._threads
             path = path_in(self._folder, file)

@@ -59,7 +59,8 @@ class BlockSlots:
         """
         if self.used + count > self.block.capacity:
             raise RuntimeInputError(
-                f"the context is full: block {self.block.index} has {self.block.capacity} slots, {self.used} are used and {count} more are needed; "
+                f"the context is full: block {self.block.index} has {self.block.capacity} slots, {self.used} are used "
+                f"and {count} more are needed; "
                 "start a new conversation, or build with larger inputs.text_tokens or inputs.new_tokens"
             )
 

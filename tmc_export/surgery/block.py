@@ -2,7 +2,8 @@
 
 Inputs, in order: `hidden [b, T, c]`, `positions [r, b, T]`, `order [b, T]`, `valid [b, T]`, `past_order [b, P]`, `past_valid [b, P]`,
 `last [b]` (only where a row is picked), then `past_key_values.<l>.key` and `.value` `[b, g, P, d]` per layer.
-Outputs: `hidden_out [b, T, c]` or `logits [b, vocabulary]`, `query.<l>` where a cut needs it, then `present.<l>.key` and `.value` `[b, g, T, d]`.
+Outputs: `hidden_out [b, T, c]` or `logits [b, vocabulary]`, `query.<l>` where a cut needs it, then `present.<l>.key` and
+`.value` `[b, g, T, d]`.
 """
 
 from __future__ import annotations

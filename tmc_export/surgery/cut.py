@@ -2,8 +2,8 @@
 
 Inputs, in order: `hidden [b, S, c]`, `positions [r, b, S]`, `order [b, S]`, `valid [b, S]`, `group [b, S]` (0 text, else picture 1…m),
 `candidates [b, m·v]` (places of the visual tokens in S), `candidate_valid [b, m·v]`, `last [b]`; for attention of the layer before:
-`slots [b, S]` (KV slot of each token), `slot_order`, `slot_valid` `[b, C]`, `query.<l>` and `key.<l>` `[b, g, C, d]`; for attention of the layer
-after: `next_order`, `next_valid` `[b, C']` and `key.<l>` `[b, g, C', d]` (what earlier turns left in the next block).
+`slots [b, S]` (KV slot of each token), `slot_order`, `slot_valid` `[b, C]`, `query.<l>` and `key.<l>` `[b, g, C, d]`; for attention of the
+layer after: `next_order`, `next_valid` `[b, C']` and `key.<l>` `[b, g, C', d]` (what earlier turns left in the next block).
 Outputs: `hidden_out [b, S', c]`, `source [b, S']` (place in S), `valid_out [b, S']`, then per stage `kept.<n>` `[b, m·k]` (place among the
 arriving candidates, ascending) and `kv.<l>` `[b, S]` where the method prunes KV of an earlier layer.
 The KV of the whole turn is in the slots when this graph runs, so that the scores do not depend on bucket, chunking or context.

@@ -79,7 +79,8 @@ def run_stage(plan: StagePlan, tokens: Tensor, context: Context) -> Compressed:
     for name, (got, planned) in shapes.items():
         if got != planned:
             raise ExportError(
-                f"method '{plan.method}' at {plan.stage.at} returned {name} {list(got)}, its layout says {list(planned)}; mend its layout or apply"
+                f"method '{plan.method}' at {plan.stage.at} returned {name} {list(got)}, "
+                f"its layout says {list(planned)}; mend its layout or apply"
             )
     return result
 
