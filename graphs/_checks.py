@@ -41,7 +41,8 @@ def need_class_token(method: str, facts: ModelFacts) -> None:
     """Raise `ValueError` unless the encoder has one class token."""
     if facts.encoder.class_tokens != 1:
         raise ValueError(
-            f"{method} scores by the attention of one class token, and the encoder of {facts.architecture} has {facts.encoder.class_tokens}; "
+            f"{method} scores by the attention of one class token, and the encoder of {facts.architecture} has "
+            f"{facts.encoder.class_tokens}; "
             "choose a method that needs none, such as pool at projector or fastv at decoder.2"
         )
 
@@ -59,5 +60,8 @@ def need_raster_encoder(method: str, at: Site, facts: ModelFacts) -> None:
 def need_grid(method: str, layout: Layout, at: Site) -> tuple[int, int]:
     """Return the raster of the visual tokens; raises `ValueError` when they form none any more."""
     if layout.grid is None:
-        raise ValueError(f"{method} needs a raster of visual tokens at {at}, and an earlier cut left {layout.tokens} without one; put {method} first")
+        raise ValueError(
+            f"{method} needs a raster of visual tokens at {at}, and an earlier cut left {layout.tokens} without one; put {method} "
+            "first"
+        )
     return layout.grid

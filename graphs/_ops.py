@@ -1,12 +1,13 @@
 """The mathematics the methods share: selection with ties to the lowest index, merging, gathering, cosine similarity.
 
 Everything here is exact and the same in PyTorch, onnxruntime and TensorRT, because no result rests on how a backend breaks ties:
-`torch.topk` keeps other members than the ONNX TopK on ties, `argsort(stable=True)` has no ONNX form, and TensorRT takes neither a scatter with a
-reduction nor a TopK above 3840. So ranks come from comparisons, kept sets from a threshold, and sums from a one-hot matrix product.
-Scores are float32, whatever the tokens are.
+`torch.topk` keeps other members than the ONNX TopK on ties, `argsort(stable=True)` has no ONNX form, and TensorRT takes neither a scatter
+with a reduction nor a TopK above 3840. So ranks come from comparisons, kept sets from a threshold, and sums from a one-hot matrix product.
+The one exception is `argmax`, which PyTorch and ONNX define as the first on ties and TensorRT does not say. Scores are float32,
+whatever the tokens are.
 
-*Measured on one core in onnxruntime, batch 1:* `keep_top` 0.03 ms at n=576 and 0.2 ms at n=4096; `rank` (n x n comparisons) 0.4 ms at n=576, 23 ms at
-n=4096. So the threshold form is what a method uses for a *set*; `rank` is for a method whose definition needs the *order*.
+*Measured on one core in onnxruntime, batch 1:* `keep_top` 0.02 ms at n=576 and 0.06 ms at n=4096; `rank` (n x n comparisons) 0.15 ms at
+n=576, 11 ms at n=4096. So the threshold form is what a method uses for a *set*; `rank` is for a method whose definition needs the *order*.
 
 Legend: b batch, n candidates, k kept, c channels.
 """

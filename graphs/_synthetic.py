@@ -1,6 +1,7 @@
 """Made-up inputs for any method at any site: what examples and the conformance suite call `apply` with.
 
-Seeded, small, and shaped by the same facts, layouts and needs that the framework uses, so a new method is exercised without a line of its own.
+Seeded, small, and shaped by the same facts, layouts and needs that the framework uses, so a new method is exercised without a line of its
+own.
 """
 
 from __future__ import annotations
@@ -43,7 +44,16 @@ def small_facts(grid: tuple[int, int] = (8, 8), class_tokens: int = 1, width: in
             layers=4, width=32, heads=_HEADS, intermediate=64, patch=4, class_tokens=class_tokens, merge=1, grid=grid
         ),
         decoder=DecoderFacts(
-            layers=28, width=width, heads=_HEADS, kv_heads=2, head_dim=24, intermediate=128, vocabulary=512, rope_axes=1, tied=True, context=512
+            layers=28,
+            width=width,
+            heads=_HEADS,
+            kv_heads=2,
+            head_dim=24,
+            intermediate=128,
+            vocabulary=512,
+            rope_axes=1,
+            tied=True,
+            context=512,
         ),
         visual_grid=grid,
         image_token=511,

@@ -25,12 +25,12 @@ class Downsample(Method):
 
     With `grid = (R, C)` in patches of p pixels:
 
-    - `at: input`: the picture of H x W pixels is resized to `R*p x C*p` with antialiasing: `out = M_rows X M_columns^T`, `M_ij` proportional to
-      `max(0, 1 - |(i + 1/2) H/h - 1/2 - j| / max(H/h, 1))`, rows summing to 1; the encoder then runs on the smaller raster;
+    - `at: input`: the picture of H x W pixels is resized to `R*p x C*p` with antialiasing: `out = M_rows X M_columns^T`, `M_ij`
+      proportional to `max(0, 1 - |(i + 1/2) H/h - 1/2 - j| / max(H/h, 1))`, rows summing to 1; the encoder then runs on the smaller raster;
     - `at: projector`: the raster of tokens is resized to R x C by the share of each token that a new cell covers.
 
-    Shapes (b batch, c channels): at `input` the candidates are pixels in raster rows, `[b, H*W, 3]` -> `[b, R*p*C*p, 3]`, and the layout's grid counts
-    pixels; at `projector` `[b, h*w, c]` -> `[b, R*C, c]`. Computed in float32.
+    Shapes (b batch, c channels): at `input` the candidates are pixels in raster rows, `[b, H*W, 3]` -> `[b, R*p*C*p, 3]`, and the
+    layout's grid counts pixels; at `projector` `[b, h*w, c]` -> `[b, R*C, c]`. Computed in float32.
 
     >>> from tmc_export.graphs._synthetic import context_for
     >>> config = Downsample.Config(grid=(4, 4))
@@ -38,8 +38,8 @@ class Downsample(Method):
     >>> Downsample.apply(stage, tokens, context, config).tokens.shape[1], tokens.shape[1]
     (256, 1024)
 
-    Limits: at `input` the encoder must take another raster (its position table is interpolated); the picture has already been resized to the
-    bucket once. Pixels are the encoder's normalised ones, so the result is not rounded to 8 bits between the two.
+    Limits: at `input` the encoder must take another raster (its position table is interpolated); the picture has already been resized to
+    the bucket once. Pixels are the encoder's normalised ones, so the result is not rounded to 8 bits between the two.
 
     Where the official code differs: there is none; the weights are those of an antialiased bilinear resize.
     """
@@ -65,7 +65,8 @@ class Downsample(Method):
         merge = facts.encoder.merge
         if at.part == "input" and any(side % merge for side in config.grid):
             raise ValueError(
-                f"grid: {list(config.grid)} does not divide into the {merge}x{merge} groups that the projector of {facts.architecture} joins; "
+                f"grid: {list(config.grid)} does not divide into the {merge}x{merge} groups that the projector of "
+                f"{facts.architecture} joins; "
                 f"use multiples of {merge}"
             )
         return (Stage(at),)

@@ -26,8 +26,8 @@ class FastV(Method):
     At the input of layer K, with A the attention of layer K-1:
     `score_i = mean over heads of A[last token, i]`; the `round(n * keep)` best stay (half to even), in their order.
 
-    Shapes (b batch, n candidates, k kept, c channels): tokens `[b, n, c]` -> `[b, k, c]`; score `[b, n]` in float32. Positions are kept. The KV of
-    layers below K stays whole; from K on it holds k visual rows.
+    Shapes (b batch, n candidates, k kept, c channels): tokens `[b, n, c]` -> `[b, k, c]`; score `[b, n]` in float32. Positions are kept.
+    The KV of layers below K stays whole; from K on it holds k visual rows.
 
     >>> import torch
     >>> from tmc_export.graphs._synthetic import context_for
@@ -63,7 +63,8 @@ class FastV(Method):
         need_site("fastv", at, "decoder")
         if not 1 <= (at.layer or 0) < facts.decoder.layers:
             raise ValueError(
-                f"fastv at {at} needs a decoder layer before and after the cut; use decoder.1 to decoder.{facts.decoder.layers - 1} (the paper: decoder.2)"
+                f"fastv at {at} needs a decoder layer before and after the cut; use decoder.1 to decoder.{facts.decoder.layers - 1} "
+                "(the paper: decoder.2)"
             )
         return (Stage(at, (_SCORE,)),)
 

@@ -25,11 +25,12 @@ class Pool(Method):
     arXiv:2408.03326 (bilinear, video); "DeCo", arXiv:2405.20985 (average, before the projector: `at: encoder`).
 
     - `average`, `max`: over windows that do not overlap; what does not fill a window is left out: `(h // s) x (w // s)`;
-    - `bilinear`: `ceil(h / s) x ceil(w / s)` points, align_corners false, no antialiasing: with `z = (i + 1/2) * h / h' - 1/2`, clamped to the raster,
-      the two neighbours of z weighted `1 - |z - j|`.
+    - `bilinear`: `ceil(h / s) x ceil(w / s)` points, align_corners false, no antialiasing: with `z = (i + 1/2) * h / h' - 1/2`, clamped
+      to the raster, the two neighbours of z weighted `1 - |z - j|`.
 
-    Shapes (b batch, n = h*w candidates, k = h'*w', c channels): tokens `[b, n, c]` -> `[b, k, c]`, computed in float32. Class tokens pass unchanged.
-    `mix` is the matrix itself (not for `max`), `assign` the window of each candidate, `source` the candidate at the window's centre.
+    Shapes (b batch, n = h*w candidates, k = h'*w', c channels): tokens `[b, n, c]` -> `[b, k, c]`, computed in float32. Class tokens pass
+    unchanged. `mix` is the matrix itself (not for `max`), `assign` the window of each candidate, `source` the candidate at the window's
+    centre.
 
     >>> from tmc_export.graphs._synthetic import context_for
     >>> config = Pool.Config(kernel=2, mode="average")
@@ -39,12 +40,12 @@ class Pool(Method):
 
     Limits: needs a raster, so it cannot follow a method that selects. A window that touches padding is padding.
 
-    Where the official code differs: M3 takes `kernel = int(sqrt(n / tokens))`, which misses a count that is no square (50 -> 64 of 576); here the kernel
-    is the option. LLaVA-OneVision adds a newline token per row for video; that belongs to the prompt, not to the pooling.
+    Where the official code differs: M3 takes `kernel = int(sqrt(n / tokens))`, which misses a count that is no square (50 -> 64 of 576);
+    here the kernel is the option. LLaVA-OneVision adds a newline token per row for video; that belongs to the prompt, not to the pooling.
     """
 
     paper = "Matryoshka Multimodal Models, ICLR 2025, arXiv:2405.17430; LLaVA-OneVision, TMLR 2025, arXiv:2408.03326"
-    official = "mu-cai/matryoshka-mm@ec30cd3, LLaVA-VL/LLaVA-NeXT@df17966 llava/model/llava_arch.py:matryoshka_vis_token_process, get_2dPool"
+    official = "mu-cai/matryoshka-mm@ec30cd3, LLaVA-VL/LLaVA-NeXT@df17966 llava/model/llava_arch.py:get_2dPool"
     mechanism = "transform"
     sites = ("projector", "encoder", "encoder.<l>")
 

@@ -22,14 +22,15 @@ _SCORE = Attention(layer="next", rows="last", heads="mean")
 class PyramidDrop(Method):
     """PyramidDrop, selection in several stages.
 
-    Paper: "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction", CVPR 2025, arXiv:2410.17247.
+    Paper: "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction", CVPR 2025,
+    arXiv:2410.17247.
 
     After each decoder layer of `layers`, with q and k computed from the tokens at the cut by the *next* layer's norm and projections:
-    `score_i = mean over heads of softmax(q_last k^T / sqrt(d))_i` over all visible keys; the `floor(N0 * keep_s)` best stay, in their order. N0 is what
-    arrived at the first cut.
+    `score_i = mean over heads of softmax(q_last k^T / sqrt(d))_i` over all visible keys; the `floor(N0 * keep_s)` best stay, in their
+    order. N0 is what arrived at the first cut.
 
-    Shapes (b batch, n candidates, k kept, c channels): tokens `[b, n, c]` -> `[b, k, c]` per stage; score `[b, n]` in float32. Positions are
-    renumbered without gaps. The KV shrinks stage by stage.
+    Shapes (b batch, n candidates, k kept, c channels): tokens `[b, n, c]` -> `[b, k, c]` per stage; score `[b, n]` in float32. Positions
+    are renumbered without gaps. The KV shrinks stage by stage.
 
     >>> from tmc_export.graphs._synthetic import contexts
     >>> config = PyramidDrop.Config()
@@ -67,12 +68,16 @@ class PyramidDrop(Method):
         first, depth = at.layer or 0, facts.decoder.layers
         layers = config.layers if config.layers is not None else tuple(first * (i + 1) for i in range(len(config.keep)))
         if not layers or len(layers) != len(config.keep):
-            raise ValueError(f"layers: {list(layers)} and keep: {len(config.keep)} budgets differ in number; give one keep for each layer, at least one")
+            raise ValueError(
+                f"layers: {list(layers)} and keep: {len(config.keep)} budgets differ in number; give one keep for each layer, at "
+                "least one"
+            )
         if layers[0] != first:
             raise ValueError(f"layers: {list(layers)} start at {layers[0]} and at: {at} at {first}; write at: decoder.{layers[0]}")
         if list(layers) != sorted(set(layers)) or layers[0] < 1 or layers[-1] >= depth:
             raise ValueError(
-                f"layers: {list(layers)} must rise, from 1 to at most {depth - 1}: {facts.architecture} has {depth} decoder layers; set layers"
+                f"layers: {list(layers)} must rise, from 1 to at most {depth - 1}: {facts.architecture} has {depth} decoder layers; "
+                "set layers"
             )
         return tuple(Stage(Site("decoder", layer), (_SCORE,), index) for index, layer in enumerate(layers))
 
@@ -87,7 +92,9 @@ class PyramidDrop(Method):
             )
         k = kept_of(config.keep[stage.index], first, stage.at, "floor")
         if k > layout.tokens:
-            raise ValueError(f"keep: {k} tokens is more than the {layout.tokens} that arrive at {stage.at}; let keep fall from stage to stage")
+            raise ValueError(
+                f"keep: {k} tokens is more than the {layout.tokens} that arrive at {stage.at}; let keep fall from stage to stage"
+            )
         return replace(selected(layout, k, "renumber"), entry_tokens=first)
 
     @staticmethod

@@ -38,8 +38,8 @@ class Random(Method):
 
     Paper: none; the baseline of every paper of the field.
 
-    With p a pseudo-random permutation of 0 … n-1 drawn from `seed`: the k candidates with the largest `p_i` stay, in their order. The permutation is
-    baked into the graph: all pictures lose the same places, other seeds lose others. Class tokens always stay.
+    With p a pseudo-random permutation of 0 … n-1 drawn from `seed`: the k candidates with the largest `p_i` stay, in their order. The
+    permutation is baked into the graph: all pictures lose the same places, other seeds lose others. Class tokens always stay.
 
     Shapes (b batch, n candidates, k kept, c channels): tokens `[b, n, c]` -> `[b, k, c]`. Positions are kept.
 

@@ -26,13 +26,14 @@ class TokenCarve(Method):
 
     Paper: "TokenCarve: Information-Preserving Visual Token Compression in Multimodal Large Language Models", arXiv:2503.10501.
 
-    At the input of layer L, with X the candidates, `X = U S V^T`, and A the attention of layer L-1 from the last token, averaged over heads:
-    `score = weight * R(A) + (1 - weight) * R(sum_j |U S|_ij)`, where R is the rank score n … 1. The `floor(1.5 K)` best are split in order of score into a
-    first half P and the others Q; each of Q has the partner in P of the largest cosine (no epsilon); the `floor(K / 2)` of Q with the largest maximum are
+    At the input of layer L, with X the candidates, `X = U S V^T`, and A the attention of layer L-1 from the last token, averaged over
+    heads: `score = weight * R(A) + (1 - weight) * R(sum_j |U S|_ij)`, where R is the rank score n … 1. The `floor(1.5 K)` best are split in
+    order of score into a first half P and the others Q; each of Q has the partner in P of the largest cosine (no epsilon); the `floor(K /
+    2)` of Q with the largest maximum are
     averaged into their partner, `(p + sum q) / (1 + count)`. P and the rest of Q stay: K tokens, in their order.
 
-    Shapes (b batch, n candidates, K kept, c channels): tokens `[b, n, c]` -> `[b, K, c]`; scores `[b, n]`, the decomposition and the cosines in float32.
-    Positions are kept. `kv`: the layers below L keep the KV of the K candidates only.
+    Shapes (b batch, n candidates, K kept, c channels): tokens `[b, n, c]` -> `[b, K, c]`; scores `[b, n]`, the decomposition and the
+    cosines in float32. Positions are kept. `kv`: the layers below L keep the KV of the K candidates only.
 
     >>> from tmc_export.graphs._synthetic import context_for
     >>> config = TokenCarve.Config(keep=16)
@@ -41,11 +42,13 @@ class TokenCarve(Method):
     >>> out.tokens.shape[1], sorted(out.kv)
     (16, [0, 1])
 
-    Limits: n <= c, as the official code. The decomposition is `_spectrum.py`'s: about 300 n^3 multiply-adds per layer cut (60 G at n=576, a second
-    on a desktop core) and about 1,400 nodes; `scores: attention` leaves it out. Ranks of nearly equal row sums may swap against a float64 decomposition.
+    Limits: n <= c, as the official code. The decomposition is `_spectrum.py`'s: some 300 n^3 multiply-adds (60 G at n=576, about 2 s on one
+    desktop core) and 2,000 nodes; `scores: attention` leaves it out. Its row sums are good to 1e-6 … 4e-6 of the largest, so tokens whose
+    sums are closer than that may swap ranks (12 of 576 random ones moved, by one place each). Zero or repeated singular values leave U
+    undefined there.
 
-    Where the official code differs: it recomputes positions for the mask and rotates by the original ones; here they are simply kept. Rank sums tie often:
-    ties go to the lowest index. One picture per prompt there; every item of a batch by itself here.
+    Where the official code differs: it recomputes positions for the mask and rotates by the original ones; here they are simply kept.
+    Rank sums tie often: ties go to the lowest index. One picture per prompt there; every item of a batch by itself here.
     """
 
     paper = "TokenCarve, arXiv:2503.10501"
@@ -73,7 +76,10 @@ class TokenCarve(Method):
         need_site("tokencarve", at, "decoder")
         depth = facts.decoder.layers
         if not 1 <= (at.layer or 0) < depth:
-            raise ValueError(f"tokencarve at {at} needs a layer before and after the cut; use decoder.1 to decoder.{depth - 1} (the paper: decoder.2)")
+            raise ValueError(
+                f"tokencarve at {at} needs a layer before and after the cut; use decoder.1 to decoder.{depth - 1} (the paper: "
+                "decoder.2)"
+            )
         return (Stage(at, (_SCORE,)),)
 
     @staticmethod
@@ -82,12 +88,14 @@ class TokenCarve(Method):
         k = kept_of(config.keep, layout.tokens, stage.at, "floor")
         if k < 2 or k + k // 2 > layout.tokens:
             raise ValueError(
-                f"keep: {k} of the {layout.tokens} tokens at {stage.at}: tokencarve first picks 1.5 times as many and merges the rest into them; "
+                f"keep: {k} of the {layout.tokens} tokens at {stage.at}: tokencarve first picks 1.5 times as many and merges the rest "
+                "into them; "
                 f"keep 2 to {(2 * layout.tokens + 1) // 3} tokens"
             )
         if config.scores != "attention" and layout.tokens > layout.width:
             raise ValueError(
-                f"tokencarve decomposes {layout.tokens} tokens of width {layout.width} at {stage.at} and needs at most as many tokens as channels; "
+                f"tokencarve decomposes {layout.tokens} tokens of width {layout.width} at {stage.at} and needs at most as many tokens "
+                "as channels; "
                 "compress before it, or set scores: attention"
             )
         return replace(selected(layout, k), kv_rows={layer: k for layer in range(stage.at.layer or 0)})

@@ -25,12 +25,13 @@ class ToMe(Method):
 
     Paper: "Token Merging: Your ViT But Faster", ICLR 2023, arXiv:2210.09461.
 
-    In each layer, with m the keys averaged over heads: a = the even tokens, b = the odd ones; `s_ij = cos(m_ai, m_bj)` (no epsilon; the class token, a_0,
-    is out). Each a_i has the partner `argmax_j s_ij`; the r of a with the largest maximum merge into their partner,
+    In each layer, with m the keys averaged over heads: a = the even tokens, b = the odd ones; `s_ij = cos(m_ai, m_bj)` (no epsilon; the
+    class token, a_0, is out). Each a_i has the partner `argmax_j s_ij`; the r of a with the largest maximum merge into their partner,
     `x_b = sum(size * x) / sum(size)`, `size_b = sum(size)`. Out: the other a, then all of b. The next layers add
     `log(size)` to the attention logits of each key.
 
-    Shapes (b batch, n candidates, c channels): tokens `[b, n, c]` -> `[b, n-r, c]`; state `size` `[b, n-r]` float32; `key_bias = log(size)`.
+    Shapes (b batch, n candidates, c channels): tokens `[b, n, c]` -> `[b, n-r, c]`; state `size` `[b, n-r]` float32; `key_bias =
+    log(size)`.
 
     >>> from tmc_export.graphs._synthetic import context_for
     >>> config = ToMe.Config(r=4)
@@ -41,8 +42,8 @@ class ToMe(Method):
     Limits: the tokens are no raster afterwards and not in order: the remaining a by falling similarity without a class token, by index
     with one. No raster means that a pool cannot follow. At most one class token.
 
-    Where the official code differs: it lowers an r that is too large without a word; here that takes `clamp: true`. It draws no line between padding
-    and patches; here padding weighs nothing and merges last. Ties go to the lowest index.
+    Where the official code differs: it lowers an r that is too large without a word; here that takes `clamp: true`. It draws no line
+    between padding and patches; here padding weighs nothing and merges last. Ties go to the lowest index.
     """
 
     paper = "Token Merging: Your ViT But Faster, ICLR 2023, arXiv:2210.09461"
@@ -74,16 +75,23 @@ class ToMe(Method):
         """One cut for every layer that merges, or the one of `encoder.<l>.mid`."""
         need_site("tome", at, "encoder", "encoder.mid")
         if at.point is None and at.layer is not None:
-            raise ValueError(f"tome merges between attention and feed-forward, not at {at}; write at: {at}.mid, or at: encoder for every layer")
+            raise ValueError(
+                f"tome merges between attention and feed-forward, not at {at}; write at: {at}.mid, or at: encoder for every layer"
+            )
         need_raster_encoder("tome", at, facts)
         if facts.encoder.class_tokens > 1:
-            raise ValueError(f"tome protects one class token, and {facts.architecture} has {facts.encoder.class_tokens}; use at: projector methods")
+            raise ValueError(
+                f"tome protects one class token, and {facts.architecture} has {facts.encoder.class_tokens}; use at: projector methods"
+            )
         depth = facts.encoder.layers
         layers = (at.layer,) if at.layer is not None else tuple(range(depth)) if config.layers is None else config.layers
         if not layers or list(layers) != sorted(set(layers)) or not all(0 <= layer < depth for layer in layers):
             raise ValueError(f"layers: {list(layers)} are not ascending layers of the {depth} of the encoder; use 0 to {depth - 1}")
         if isinstance(config.r, tuple) and len(config.r) != len(layers):
-            raise ValueError(f"r: {list(config.r)} has {len(config.r)} numbers for {len(layers)} layers that merge; give one for each, or a single one")
+            raise ValueError(
+                f"r: {list(config.r)} has {len(config.r)} numbers for {len(layers)} layers that merge; give one for each, or a single "
+                "one"
+            )
         return tuple(Stage(Site("encoder", layer, "mid"), (_KEYS,), index) for index, layer in enumerate(layers))
 
     @staticmethod
@@ -94,7 +102,8 @@ class ToMe(Method):
         most = (layout.tokens - first) // 2
         if r > most and not config.clamp:
             raise ValueError(
-                f"r: {r} exceeds the {most} pairs among the {layout.tokens} tokens that arrive at {stage.at}; lower r, or set clamp: true to merge all it can"
+                f"r: {r} exceeds the {most} pairs among the {layout.tokens} tokens that arrive at {stage.at}; lower r, or set clamp: "
+                "true to merge all it can"
             )
         r = min(r, most)
         if r == 0:
@@ -127,7 +136,8 @@ def _match(keys: Tensor, r: int, first: int, valid: Tensor) -> tuple[Tensor, Ten
     """Match even tokens with odd ones.
 
     Returns:
-        The even tokens that stay `[b, a-r]` and those that merge `[b, r]`, both counted among the even ones, and the odd partner `[b, r]` of the latter.
+        The even tokens that stay `[b, a-r]` and those that merge `[b, r]`, both counted among the even ones, and the odd partner `[b, r]`
+        of the latter.
     """
     import torch
 

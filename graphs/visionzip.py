@@ -27,9 +27,10 @@ class VisionZip(Method):
     Paper: "VisionZip: Longer is Better but Not Necessary in Vision Language Models", CVPR 2025, arXiv:2412.04467.
 
     With A the attention and K the unscaled keys of the last encoder layer in use:
-    `score_i = sum over heads of A[class, i]`; the `dominant - 1` best patches and the class token stay, in their order. Of the R others, every
-    `max(1, R // contextual)`-th is a target, the first `contextual` of them; each remaining token joins the target of the largest cosine of
-    `mean over heads of K` (no epsilon), and `contextual_t = target_t + mean of those that joined` (the bare target when none did).
+    `score_i = sum over heads of A[class, i]`; the `dominant - 1` best patches and the class token stay, in their order. Of the R others,
+    every `max(1, R // contextual)`-th is a target, the first `contextual` of them; each remaining token joins the target of the largest
+    cosine of `mean over heads of K` (no epsilon), and `contextual_t = target_t + mean of those that joined` (the bare target when none
+    did).
 
     Shapes (b batch, n candidates of which the first is the class token, k = dominant + contextual, c channels): tokens `[b, n, c]` ->
     `[b, k, c]`; score `[b, n]` and cosines in float32. `assign` names the row of every candidate; `mix` holds the weights.
@@ -44,8 +45,9 @@ class VisionZip(Method):
     contextual token is a sum, about twice as long as its neighbours, as the released code has it. Padding never becomes a target before
     valid patches and joins nothing.
 
-    Where the official code differs: its two options count the class token inside `dominant` on the outside and not inside; here `dominant` counts it
-    (54 + 10 = 64). It divides by the number that joined with a floor of 1, the same as here. Ties go to the lowest index.
+    Where the official code differs: its two options count the class token inside `dominant` on the outside and not inside; here
+    `dominant` counts it (54 + 10 = 64). It divides by the number that joined with a floor of 1, the same as here. Ties go to the lowest
+    index.
     """
 
     paper = "VisionZip: Longer is Better but Not Necessary in Vision Language Models, CVPR 2025, arXiv:2412.04467"
@@ -82,7 +84,8 @@ class VisionZip(Method):
         k = config.dominant + config.contextual
         if k > layout.tokens:
             raise ValueError(
-                f"dominant: {config.dominant} and contextual: {config.contextual} are {k} tokens, more than the {layout.tokens} that arrive at "
+                f"dominant: {config.dominant} and contextual: {config.contextual} are {k} tokens, more than the {layout.tokens} that "
+                "arrive at "
                 f"{stage.at} (class token included); lower them"
             )
         return Layout((Segment("visual", config.dominant), Segment("visual", config.contextual)), layout.width)

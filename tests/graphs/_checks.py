@@ -1,4 +1,5 @@
-"""What every method must hold to, as functions that return what is wrong; the conformance suite calls them on all methods and on broken ones."""
+"""What every method must hold to, as functions that return what is wrong; the conformance suite calls them on all methods and on broken
+ones."""
 
 from __future__ import annotations
 
@@ -121,7 +122,8 @@ def wrong_layout(example: Example, batch: int = 2) -> list[str]:
     shapes = {"tokens": (batch, k, layout.width), "source": (batch, k), "valid": (batch, k), "assign": (batch, n), "mix": (batch, k, n)}
     shapes |= {"key_bias": (batch, k)} | {f"kv.{layer}": (batch, rows) for layer, rows in layout.kv_rows.items()}
     got = results(out)
-    found = [f"{name}: shape {tuple(got[name].shape)}, layout says {shape}" for name, shape in shapes.items() if name in got and got[name].shape != shape]
+    known = {name: shape for name, shape in shapes.items() if name in got}
+    found = [f"{key}: shape {tuple(got[key].shape)}, layout says {shape}" for key, shape in known.items() if got[key].shape != shape]
     found += [f"{name}: missing" for name in shapes if name.startswith("kv.") and name not in got]
     types = {"source": torch.int64, "valid": torch.bool, "assign": torch.int64, "tokens": tokens.dtype}
     found += [f"{name}: {got[name].dtype}, expected {kind}" for name, kind in types.items() if name in got and got[name].dtype != kind]
@@ -179,14 +181,22 @@ def not_static(model: onnx.ModelProto) -> list[str]:
     return found
 
 
+def _item(name: str, value: Tensor, item: int) -> Tensor:
+    """One item of a batch of a named tensor; weights have no batch, positions have it second."""
+    if name.startswith("weights."):
+        return value
+    return value[:, item : item + 1] if name == "positions" else value[item : item + 1]
+
+
 def wrong_batch(example: Example) -> list[str]:
     """A batch of two is two batches of one."""
     stage, tokens, context = example.made(batch=2)
     together, given, found = results(example.apply(stage, tokens, context)), tensors(tokens, context), []
     for item in range(2):
-        one = {n: t if n.startswith("weights.") else t[:, item : item + 1] if n == "positions" else t[item : item + 1] for n, t in given.items()}
+        one = {name: _item(name, value, item) for name, value in given.items()}
         alone = results(example.apply(stage, one["tokens"], with_tensors(context, one)))
-        found += [d for name, value in alone.items() for d in close(f"{name} of item {item}", together[name][item : item + 1].numpy(), value.numpy())]
+        for name, value in alone.items():
+            found += close(f"{name} of item {item}", together[name][item : item + 1].numpy(), value.numpy())
     return found
 
 
