@@ -57,6 +57,10 @@ DEFAULTS: Mapping[str, Mapping[str, int | None]] = {
 }  # fmt: skip
 
 
+_MAY_BE_NULL = frozenset({"head_dim", "num_key_value_heads", "sliding_window"})
+"""A null written for these says something (no window, as many KV heads as heads); for others it is as good as absent."""
+
+
 def filled(config: Mapping[str, Any], part: str) -> dict[str, Any]:
     """Return a sub-configuration with the defaults of its `model_type` filled in.
 
@@ -66,7 +70,7 @@ def filled(config: Mapping[str, Any], part: str) -> dict[str, Any]:
     kind = str(config.get("model_type", ""))
     if kind not in DEFAULTS:
         raise ModelError(f"the model's {part} is of type '{kind}', which is not served; served are: {', '.join(sorted(DEFAULTS))}")
-    return {**DEFAULTS[kind], **{k: v for k, v in config.items() if v is not None or k not in DEFAULTS[kind]}}
+    return {**DEFAULTS[kind], **{k: v for k, v in config.items() if v is not None or k in _MAY_BE_NULL or k not in DEFAULTS[kind]}}
 
 
 def decoder_facts(text: Mapping[str, Any], *, tied: bool, rope_axes: int = 1) -> DecoderFacts:
