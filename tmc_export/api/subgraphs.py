@@ -251,7 +251,7 @@ def export_subgraphs(plan: Plan, files: ModelFiles, folder: Path, config: Any, o
         family=plan.facts.family, dtype="float16" if plan.dtype == "float16" else "float32", batch=plan.batch, images=plan.images,
         width=d.width,        vocabulary=d.vocabulary, heads=d.heads, kv_heads=d.kv_heads, head_dim=d.head_dim, rope_axes=d.rope_axes,
         position_rule=work.family.position_rule(files), text_tokens=plan.text_tokens, new_tokens=plan.new_tokens,
-        chunk=plan.chunk, turns=plan.turns,
+        chunk=plan.chunk, turns=plan.turns, memory_tight=plan.memory_tight,
         image_token=rules.image, image_text=rules.image_text, eos=rules.eos, vision=vision, embed=embed, blocks=blocks, cuts=cuts,
     )  # fmt: skip
     return Exported(program, work.profiles)

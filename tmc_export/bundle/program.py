@@ -90,6 +90,7 @@ class Program(_Frozen):
         dtype: of hidden states and KV: float32 or float16.
         position_rule: how rotary positions are counted.
         image_token, image_text, eos: token rules.
+        memory_tight: the CPU path keeps one copy of the weights and is slower.
     """
 
     family: str
@@ -107,6 +108,7 @@ class Program(_Frozen):
     new_tokens: int
     chunk: int
     turns: Literal["freeze", "recompute"]
+    memory_tight: bool = False
     image_token: int
     image_text: str
     eos: tuple[int, ...]

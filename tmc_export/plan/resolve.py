@@ -56,6 +56,7 @@ def resolve(recipe: Recipe, files: ModelFiles, splits: Sequence[int] = ()) -> Pl
         windows=family.windows(files),
         rope_axes=first.decoder.rope_axes,
         quantize=_quantize(recipe),
+        memory_tight=recipe.target.memory_tight,
     )
 
 
@@ -63,10 +64,13 @@ def _sizes(recipe: Recipe, family: type[Family], files: ModelFiles) -> tuple[tup
     sizes = recipe.inputs.buckets or (family.default_size(files),)
     place = recipe.origin(("inputs", "image_size"))
     if len(sizes) > 1 and not family.several_buckets:
-        raise LegalityError(f"{place}: image_size names {len(sizes)} buckets, the family '{family.name}' has one; write one [height, width]")
+        raise LegalityError(
+            f"{place}: image_size names {len(sizes)} buckets, the family '{family.name}' has one; write one [height, width]"
+        )
     if recipe.inputs.fit is not None and recipe.inputs.fit not in family.fits:
         raise LegalityError(
-            f"{recipe.origin(('inputs', 'fit'))}: fit '{recipe.inputs.fit}' does not exist in the family '{family.name}'; choose one of {', '.join(family.fits)}"
+            f"{recipe.origin(('inputs', 'fit'))}: fit '{recipe.inputs.fit}' does not exist in the family '{family.name}'; choose one of "
+            f"{', '.join(family.fits)}"
         )
     return sizes
 
@@ -74,7 +78,8 @@ def _sizes(recipe: Recipe, family: type[Family], files: ModelFiles) -> tuple[tup
 def _check_context(recipe: Recipe, facts: ModelFacts, capacity: int) -> None:
     if capacity > facts.decoder.context:
         raise LegalityError(
-            f"{recipe.origin(('inputs',))}: pictures, text_tokens and new_tokens make {capacity} tokens, the model was made for {facts.decoder.context}; "
+            f"{recipe.origin(('inputs',))}: pictures, text_tokens and new_tokens make {capacity} tokens, the model was made for "
+            f"{facts.decoder.context}; "
             "lower inputs.images, inputs.text_tokens or inputs.new_tokens, or compress before the decoder"
         )
 
@@ -111,7 +116,10 @@ def _vision(
     layout = Layout((*heads, patches), width=encoder.width)
     for entry, stage in _at(entries, "encoder"):
         if stage.at.layer is not None and stage.at.layer >= encoder.layers + (stage.at.point is None):
-            raise LegalityError(f"{entry.origin('at')}: {stage.at} does not exist: {encoder.layers} encoder layers are in use; the last is {encoder.layers - 1}")
+            raise LegalityError(
+                f"{entry.origin('at')}: {stage.at} does not exist: {encoder.layers} encoder layers are in use; the last is "
+                f"{encoder.layers - 1}"
+            )
         layout = _through(entry, stage, layout, facts, stages)
     layout = _project(layout, facts, entries)
     for entry, stage in _at(entries, "projector"):
@@ -128,7 +136,8 @@ def _project(layout: Layout, facts: ModelFacts, entries: Sequence[Entry]) -> Lay
         if grid is None or grid[0] % merge or grid[1] % merge:
             culprit = [e for e, _ in _at(entries, "encoder")][-1]
             raise LegalityError(
-                f"{culprit.origin('at')}: method '{culprit.name}' leaves no {merge}x{merge} raster, which the projector of this family merges; "
+                f"{culprit.origin('at')}: method '{culprit.name}' leaves no {merge}x{merge} raster, which the projector of this family "
+                "merges; "
                 "use it at projector, or choose a method that keeps the raster"
             )
         grid = (grid[0] // merge, grid[1] // merge)
@@ -152,7 +161,9 @@ def _through(entry: Entry, stage: Stage, layout: Layout, facts: ModelFacts, stag
     except ValueError as error:
         raise LegalityError(f"{entry.origin()}: method '{entry.name}' at {stage.at}: {error}") from error
     if after.tokens > layout.tokens:
-        raise LegalityError(f"{entry.origin()}: method '{entry.name}' at {stage.at} would keep {after.tokens} of {layout.tokens} tokens; lower its budget")
+        raise LegalityError(
+            f"{entry.origin()}: method '{entry.name}' at {stage.at} would keep {after.tokens} of {layout.tokens} tokens; lower its budget"
+        )
     stages.append(StagePlan(entry.index, entry.name, entry.config, stage, layout, after, entry.scope))
     return after
 
@@ -226,10 +237,12 @@ def _check_cut(entry: Entry, stage: Stage, layers: int, images: int) -> None:
     if images == 0:
         raise LegalityError(f"{entry.origin('at')}: {site} compresses pictures, but inputs.images is 0; remove the entry")
     if not 0 <= layer < layers:
-        raise LegalityError(f"{entry.origin('at')}: {site} does not exist: the decoder has {layers} layers; the last cut is decoder.{layers - 1}")
+        raise LegalityError(
+            f"{entry.origin('at')}: {site} does not exist: the decoder has {layers} layers; the last cut is decoder.{layers - 1}"
+        )
     if site.point is not None:
         raise LegalityError(f"{entry.origin('at')}: {site}: a cut inside a decoder layer is not built yet; use decoder.{layer}")
     if layer == 0 and any(isinstance(n, Attention) and n.layer == "previous" for n in stage.needs):
-        raise LegalityError(f"{entry.origin('at')}: method '{entry.name}' scores with the layer before {site}, and there is none; use decoder.1 or later")
-
-
+        raise LegalityError(
+            f"{entry.origin('at')}: method '{entry.name}' scores with the layer before {site}, and there is none; use decoder.1 or later"
+        )

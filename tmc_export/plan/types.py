@@ -140,6 +140,7 @@ class Plan:
         windows: per decoder layer, its sliding window or None.
         rope_axes: rotary axes.
         quantize: scheme per part.
+        memory_tight: the CPU path keeps one copy of the weights.
     """
 
     name: str
@@ -158,6 +159,7 @@ class Plan:
     windows: tuple[int | None, ...]
     rope_axes: int
     quantize: Mapping[str, QuantizePlan] = field(default_factory=dict)
+    memory_tight: bool = False
 
     def cut_before(self, block: int) -> CutPlan | None:
         """Return the cut before a block, if there is one."""

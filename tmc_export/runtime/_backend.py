@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-__all__ = ["BACKENDS", "Backend", "Graph", "open_backend"]
+__all__ = ["BACKENDS", "Backend", "BackendOptions", "Graph", "open_backend"]
 
 
 class Graph(Protocol):
@@ -37,19 +38,42 @@ class Backend(Protocol):
         ...
 
 
-def _onnxruntime(folder: Path, threads: int | None, int4_accuracy: int) -> Backend:
+@dataclass(frozen=True)
+class BackendOptions:
+    """How graphs are executed.
+
+    Attributes:
+        threads: threads inside an operator; None: the runtime's choice.
+        int4_accuracy: how onnxruntime multiplies int4 weights. 4: activations are rounded to int8 for each product, which is fast; 1: they
+            stay float, which is what a device computes.
+        memory_tight: keep one copy of the weights, mapped from the file, instead of a packed copy per phase; slower.
+
+    Raises:
+        RuntimeInputError: another accuracy.
+    """
+
+    threads: int | None = None
+    int4_accuracy: int = 4
+    memory_tight: bool = False
+
+    def __post_init__(self) -> None:
+        if self.int4_accuracy not in (1, 4):
+            raise RuntimeInputError(f"int4_accuracy is {self.int4_accuracy}; use 4 (fast) or 1 (what a device computes)")
+
+
+def _onnxruntime(folder: Path, options: BackendOptions) -> Backend:
     from tmc_export.runtime._onnxruntime import OnnxRuntimeBackend
 
-    return OnnxRuntimeBackend(folder, threads, int4_accuracy)
+    return OnnxRuntimeBackend(folder, options)
 
 
-BACKENDS: dict[str, Callable[[Path, int | None, int], Backend]] = {"onnxruntime": _onnxruntime}
+BACKENDS: dict[str, Callable[[Path, BackendOptions], Backend]] = {"onnxruntime": _onnxruntime}
 
 _NOT_BUILT = ("tensorrt", "tensorrt-rtx")
 
 
-def open_backend(name: str, folder: Path, threads: int | None = None, int4_accuracy: int = 4) -> Backend:
-    """Return the backend of that name for a bundle; `int4_accuracy` is 4 (fast) or 1 (what a device computes).
+def open_backend(name: str, folder: Path, options: BackendOptions) -> Backend:
+    """Return the backend of that name for a bundle.
 
     Raises:
         RuntimeInputError: it does not exist, or is not built yet.
@@ -61,4 +85,4 @@ def open_backend(name: str, folder: Path, threads: int | None = None, int4_accur
     if name not in BACKENDS:
         known = [*BACKENDS, *_NOT_BUILT]
         raise RuntimeInputError(f"unknown backend '{name}'{nearest(name, known)}; choose one of: {', '.join(known)}")
-    return BACKENDS[name](folder, threads, int4_accuracy)
+    return BACKENDS[name](folder, options)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import onnxruntime as ort
 
 from tmc_export.bundle.read import path_in
-from tmc_export.core.errors import BundleError, ResourceError, RuntimeInputError
+from tmc_export.core.errors import BundleError, ResourceError
+from tmc_export.runtime._backend import BackendOptions
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,21 +37,14 @@ class OnnxRuntimeBackend:
 
     Args:
         folder: the bundle.
-        threads: threads inside an operator; None: onnxruntime's choice.
-        int4_accuracy: 1: int4 weights times float activations, what a device computes; 4: activations rounded to int8 for each product, faster.
-
-    Raises:
-        RuntimeInputError: another accuracy.
+        options: see `BackendOptions`.
     """
 
     name = "onnxruntime"
 
-    def __init__(self, folder: Path, threads: int | None = None, int4_accuracy: int = 4) -> None:
-        if int4_accuracy not in (1, 4):
-            raise RuntimeInputError(f"int4_accuracy is {int4_accuracy}; use 4 (fast) or 1 (what a device computes)")
+    def __init__(self, folder: Path, options: BackendOptions) -> None:
         self._folder = folder
-        self._accuracy = int4_accuracy
-        self._threads = threads
+        self._options = options
         self._graphs: dict[str, _OrtGraph] = {}
 
     def graph(self, file: str) -> _OrtGraph:
@@ -63,9 +57,11 @@ class OnnxRuntimeBackend:
         if file not in self._graphs:
             options = ort.SessionOptions()
             options.log_severity_level = 3
-            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(self._accuracy))
-            if self._threads is not None:
-                options.intra_op_num_threads = self._threads
+            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(self._options.int4_accuracy))
+            if self._options.memory_tight:
+                options.add_session_config_entry("session.disable_prepacking", "1")
+            if self._options.threads is not None:
+                options.intra_op_num_threads = self._options.threads
             path = path_in(self._folder, file)
             try:
                 session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

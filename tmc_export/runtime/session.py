@@ -14,7 +14,7 @@ from tmc_export.bundle.manifest import Manifest
 from tmc_export.bundle.read import check_files, open_manifest
 from tmc_export.core.errors import RuntimeInputError
 from tmc_export.core.image_rule import ImageRule
-from tmc_export.runtime._backend import open_backend
+from tmc_export.runtime._backend import BackendOptions, open_backend
 from tmc_export.runtime._chat import ChatTemplate, expand_image_tokens, place_images
 from tmc_export.runtime._decoder import Decoder, Route, TurnTrace
 from tmc_export.runtime._images import ImageLike, choose_bucket, load_image, prepare
@@ -103,9 +103,9 @@ class Session:
         tokenizer, template: text side; `template` is None where the model has none.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, backend: str, threads: int | None, int4_accuracy: int = 4) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, backend: str, options: BackendOptions) -> None:
         self.folder, self.manifest, self.program = folder, manifest, manifest.program
-        self._backend = open_backend(backend, folder, threads, int4_accuracy)
+        self._backend = open_backend(backend, folder, options)
         self.decoder = Decoder(self.program, self._backend)
         self.tokenizer = Tokenizer(folder / "model")
         self.template = ChatTemplate.from_folder(folder / "model", self.tokenizer.special_tokens)
@@ -362,4 +362,5 @@ def load(folder: str | Path, *, backend: str = "onnxruntime", threads: int | Non
     small = [name for name, entry in manifest.files.items() if entry.size <= _HASHED_BYTES and not name.startswith("engines/")]
     check_files(path, manifest, sizes_only=True)
     check_files(path, manifest, small)
-    return Session(path, manifest, backend, threads, int4_accuracy)
+    options = BackendOptions(threads, int4_accuracy, manifest.program.memory_tight)
+    return Session(path, manifest, backend, options)

@@ -1,0 +1,229 @@
+"""Every subgraph on its own: fed with the reference's inputs, so that one that is wrong does not blame the next.
+
+Only first turns are used (no past of earlier turns). The prefill graphs get the whole prompt, the chunk and decode graphs its end with the
+rest as past, so that all of them answer to the same reference values.
+
+Legend: T tokens of the prompt, S its bucket, C slots, c channels, r rotary axes, g KV heads, d channels of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tmc_export.bundle.program import BlockProgram, CutProgram, GraphPhase, Program
+from tmc_export.core.image_rule import ImageRule
+from tmc_export.runtime._backend import Backend, BackendOptions, open_backend
+from tmc_export.runtime._chat import expand_image_tokens
+from tmc_export.verify._trace import BlockTrace
+from tmc_export.verify.compare import Check, compare_indices, compare_tensor
+from tmc_export.verify.play import by_cut, expected_places
+from tmc_export.verify.recorded import Case, CaseTurn
+from tmc_export.verify.tolerances import Tolerance, margin_bound
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+
+__all__ = ["check_subgraphs"]
+
+
+def check_subgraphs(bundle: Path, program: Program, cases: Sequence[Case], tolerance: Tolerance, precision: str) -> Iterator[Check]:
+    """Compare every subgraph with the reference, in the order they run.
+
+    Args:
+        bundle: the folder.
+        program: from its manifest.
+        cases: answered by a reference made with `trace=True`.
+        tolerance: for tensors.
+        precision: row of the margin table.
+    """
+    runner = _Runner(program, open_backend("onnxruntime", bundle, BackendOptions(int4_accuracy=1)), tolerance, precision)
+    for case in cases:
+        turn = case.turns[0]
+        if len(turn.expected.blocks) != len(program.blocks):
+            traced, wanted = len(turn.expected.blocks), len(program.blocks)
+            yield Check(case.name, None, False, f"the reference traced {traced} blocks, the bundle has {wanted}; its plan is another")
+            continue
+        yield from runner.vision(case.name, turn)
+        yield from runner.embed(case.name, turn)
+        for index, block in enumerate(program.blocks):
+            cut = program.cut_before(index)
+            if cut is not None and turn.pixels:
+                yield from runner.cut(case.name, turn, cut)
+            yield from runner.block(case.name, turn, block)
+
+
+class _Runner:
+    def __init__(self, program: Program, backend: Backend, tolerance: Tolerance, precision: str) -> None:
+        self.program, self.backend, self.tolerance, self.precision = program, backend, tolerance, precision
+        self.queries: dict[str, Array] = {}
+        self.shapes = [tuple(ImageRule.from_json(dict(v.rule)).shape) for v in program.vision]
+
+    def _float(self, array: Array) -> Array:
+        return np.ascontiguousarray(array, dtype=self.program.dtype)
+
+    # ------------------------------------------------------------------------------------------------------- vision, embed
+    def vision(self, name: str, turn: CaseTurn) -> Iterator[Check]:
+        """Pixels → tokens and sources, picture by picture."""
+        for picture, pixels in enumerate(turn.pixels):
+            spec = self.program.vision[self.shapes.index(pixels.shape)]
+            out = self.backend.graph(spec.file).run({"pixels": self._float(pixels[None])})
+            label, ties = f"{name}/picture {picture + 1}", False
+            wanted = [s for s in turn.expected.stages if s.picture == picture + 1 and not s.at.startswith("decoder")]
+            for number, stage in enumerate(wanted):
+                got = out.get(f"source.{number}")
+                check = compare_indices(
+                    f"{label}/{stage.method} at {stage.at}",
+                    None if got is None else got[0].astype(np.int64),
+                    stage.source,
+                    tied=stage.tied(margin_bound(self.precision)),
+                    margin=stage.margin,
+                    subgraph=spec.file,
+                )
+                ties = ties or bool(check.exceptions)
+                yield check
+            if not ties:
+                tokens = out["tokens"][0] if "tokens" in out else None
+                yield compare_tensor(f"{label}/tokens", tokens, turn.expected.vision[picture], self.tolerance, spec.file)
+
+    def embed(self, name: str, turn: CaseTurn) -> Iterator[Check]:
+        """Text ids → rows, through each of the three graphs."""
+        first = turn.expected.blocks[0]
+        want = first.hidden_in[first.group == 0]
+        text = np.array([i for i in turn.ids if i != self.program.image_token], np.int64)
+        for phase, spec in self.program.embed.items():
+            count = min(len(text), spec.tokens)
+            out = self.backend.graph(spec.file).run({"input_ids": _pad(text[:count], spec.tokens)[None]})
+            got = out["hidden"][0, :count] if "hidden" in out else None
+            yield compare_tensor(f"{name}/embed {phase}", got, want[:count], self.tolerance, spec.file)
+
+    # ------------------------------------------------------------------------------------------------------------ blocks
+    def block(self, name: str, turn: CaseTurn, block: BlockProgram) -> Iterator[Check]:
+        """All phases of a block; the query rows of the prefill are kept for the cut after it."""
+        trace = turn.expected.blocks[block.index]
+        count = trace.order.shape[0]
+        for phase, spec in block.phases.items():
+            start = 0 if phase == "prefill" else max(0, count - spec.tokens)
+            out = self._run(block, trace, spec, start)
+            if phase == "prefill":
+                self.queries = {n: out[n] for n in out if n.startswith("query.")}
+            label = f"{name}/block {block.index} {phase}"
+            if block.head:
+                logits = out["logits"] if "logits" in out else None
+                yield compare_tensor(f"{label}/logits", logits, turn.expected.logits[:1], self.tolerance, spec.file)
+            else:
+                hidden = out["hidden_out"][0, : count - start] if "hidden_out" in out else None
+                yield compare_tensor(f"{label}/hidden", hidden, trace.hidden_out[start:], self.tolerance, spec.file)
+            for layer in range(block.first, block.last):
+                for kind, wanted in (("key", trace.keys[layer]), ("value", trace.values[layer])):
+                    present = out.get(f"present.{layer}.{kind}")
+                    got = None if present is None else present[0, :, : count - start]
+                    yield compare_tensor(f"{label}/{kind} {layer}", got, wanted[:, start:], self.tolerance, spec.file)
+
+    def _run(self, block: BlockProgram, trace: BlockTrace, spec: GraphPhase, start: int) -> dict[str, Array]:
+        """Feed a graph with the prompt from `start` on, the rows before it being its past."""
+        width, past = spec.tokens, spec.past
+        order = trace.order[start:]
+        feed: dict[str, Array] = {
+            "hidden": self._float(_pad(trace.hidden_in[start:], width)[None]),
+            "positions": np.ascontiguousarray(_pad(trace.positions[:, start:].T, width).T[:, None]),
+            "order": _pad(order, width, -1)[None],
+            "valid": (np.arange(width) < order.shape[0])[None],
+            "last": np.array([order.shape[0] - 1]),
+            "past_order": _pad(trace.order[:start], past)[None],
+            "past_valid": (np.arange(past) < start)[None],
+        }
+        for layer in range(block.first, block.last):
+            for kind, rows in (("key", trace.keys[layer]), ("value", trace.values[layer])):
+                feed[f"past_key_values.{layer}.{kind}"] = self._slots(rows[:, :start], past)
+        return self.backend.graph(spec.file).run(feed)
+
+    def _slots(self, rows: Array, slots: int) -> Array:
+        """`[g, T, d]` → `[1, g, slots, d]`."""
+        return self._float(_pad(rows.swapaxes(0, 1), slots).swapaxes(0, 1)[None])
+
+    # -------------------------------------------------------------------------------------------------------------- cuts
+    def cut(self, name: str, turn: CaseTurn, cut: CutProgram) -> Iterator[Check]:
+        """One compress graph: what it keeps, and the sequence it leaves."""
+        after = turn.expected.blocks[cut.before_block]
+        arriving = turn.expected.blocks[cut.before_block - 1] if cut.before_block else None
+        hidden, positions, order, group = self._arriving(turn, arriving)
+        out = self.backend.graph(cut.file).run(self._cut_feed(cut, arriving, hidden, positions, order, group))
+        ties = False
+        label = f"{name}/cut before block {cut.before_block}"
+        for number, traces in enumerate(by_cut(turn.expected.stages, cut.layer)):
+            got = out.get(f"kept.{number}")
+            check = compare_indices(
+                f"{label}/{traces[0].method}",
+                None if got is None else got[0][got[0] >= 0],
+                expected_places(traces, cut, self.program.images),
+                tied=any(t.tied(margin_bound(self.precision)) for t in traces),
+                margin=min((t.margin for t in traces if t.margin is not None), default=None),
+                subgraph=cut.file,
+            )
+            ties = ties or bool(check.exceptions)
+            yield check
+        if ties:
+            return
+        left = int(out["valid_out"].sum()) if "valid_out" in out else 0
+        rows = out["hidden_out"][0, :left] if "hidden_out" in out else None
+        places = order[out["source"][0, :left]] if "source" in out else None
+        yield compare_indices(f"{label}/places", places, after.order, tied=False, subgraph=cut.file)
+        yield compare_tensor(f"{label}/hidden", rows, after.hidden_in, self.tolerance, cut.file)
+
+    def _arriving(self, turn: CaseTurn, before: BlockTrace | None) -> tuple[Array, Array, Array, Array]:
+        """Hidden states, positions, places and groups at a cut: a block's output, or the assembled embeddings."""
+        if before is not None:
+            return before.hidden_out, before.positions, before.order, before.group
+        ids, group = expand_image_tokens(turn.ids, self.program.image_token, [v.shape[0] for v in turn.expected.vision])
+        first = turn.expected.blocks[0]
+        hidden = np.zeros((ids.shape[0], self.program.width), np.float32)
+        hidden[group == 0] = first.hidden_in[first.group == 0]
+        for picture, tokens in enumerate(turn.expected.vision):
+            hidden[group == picture + 1] = tokens
+        places = np.arange(ids.shape[0])
+        return hidden, np.broadcast_to(places, (self.program.rope_axes, ids.shape[0])), places, group.astype(np.int64)
+
+    def _cut_feed(
+        self, cut: CutProgram, before: BlockTrace | None, hidden: Array, positions: Array, order: Array, group: Array
+    ) -> dict[str, Array]:
+        size, count = cut.tokens_in, order.shape[0]
+        each = cut.visual_in // max(self.program.images, 1)
+        candidates, alive = np.zeros((self.program.images, each), np.int64), np.zeros((self.program.images, each), np.bool_)
+        for picture in range(int(group.max())):
+            found = np.flatnonzero(group == picture + 1)
+            candidates[picture, : len(found)], alive[picture, : len(found)] = found, True
+        feed: dict[str, Array] = {
+            "hidden": self._float(_pad(hidden, size)[None]),
+            "positions": np.ascontiguousarray(_pad(positions.T, size).T[:, None]),
+            "order": _pad(order, size, -1)[None],
+            "valid": (np.arange(size) < count)[None],
+            "group": _pad(group, size)[None],
+            "candidates": candidates.reshape(1, -1),
+            "candidate_valid": alive.reshape(1, -1),
+            "last": np.array([count - 1]),
+        }
+        if cut.previous and before is not None:
+            layer, slots = cut.layer - 1, self.program.blocks[cut.before_block - 1].capacity
+            query = self.queries[f"query.{layer}"]
+            if self.program.blocks[cut.before_block - 1].query_rows[layer] == "all":
+                query = np.ascontiguousarray(_pad(query[0, :, :count].swapaxes(0, 1), size).swapaxes(0, 1)[None])
+            feed |= {"slots": _pad(np.arange(count), size)[None], "slot_order": _pad(order, slots)[None]}
+            feed |= {"slot_valid": (np.arange(slots) < count)[None], f"query.{layer}": query}
+            feed[f"key.{layer}"] = self._slots(before.keys[layer], slots)
+        if cut.next:
+            slots = self.program.blocks[cut.before_block].capacity
+            feed |= {"next_order": np.zeros((1, slots), np.int64), "next_valid": np.zeros((1, slots), np.bool_)}
+            feed[f"next_key.{cut.layer}"] = np.zeros((1, self.program.kv_heads, slots, self.program.head_dim), self.program.dtype)
+        return feed
+
+
+def _pad(rows: Array, size: int, value: int = 0) -> Array:
+    """Fill axis 0 up to `size`."""
+    fill = np.full((size - rows.shape[0], *rows.shape[1:]), value, rows.dtype)
+    return np.concatenate([rows, fill])
