@@ -68,10 +68,20 @@ def _run(
 
     order = padded(list(range(past, past + count)), -1)
     feed = {
-        "hidden": hidden, "positions": order.clamp(min=0)[None], "order": order, "valid": torch.arange(size)[None] < count,
-        "group": padded(group), "candidates": places.reshape(1, -1), "candidate_valid": alive.reshape(1, -1), "last": torch.tensor([count - 1]),
-        "slots": padded(list(range(past, past + count))), "slot_order": slot_order, "slot_valid": slot_valid, "query.1": query, "key.1": key,
-    }  # fmt: skip
+        "hidden": hidden,
+        "positions": order.clamp(min=0)[None],
+        "order": order,
+        "valid": torch.arange(size)[None] < count,
+        "group": padded(group),
+        "candidates": places.reshape(1, -1),
+        "candidate_valid": alive.reshape(1, -1),
+        "last": torch.tensor([count - 1]),
+        "slots": padded(list(range(past, past + count))),
+        "slot_order": slot_order,
+        "slot_valid": slot_valid,
+        "query.1": query,
+        "key.1": key,
+    }
     outputs = cut(*[feed[name] for name in cut.input_names()])
     return feed, dict(zip(cut.output_names(), outputs, strict=True))
 

@@ -12,6 +12,7 @@ from onnxscript import optimizer
 from tmc_export.passes.assert_static import AssertStaticPass
 from tmc_export.passes.drop_empty_inputs import DropEmptyInputsPass
 from tmc_export.passes.fold_weight_transposes import FoldWeightTransposesPass
+from tmc_export.passes.keep_outputs import KeepOutputsPass, output_names
 from tmc_export.passes.specialize_sizes import SpecializeSizesPass
 
 __all__ = ["clean", "specialize"]
@@ -22,12 +23,14 @@ _FOLD_INPUT, _FOLD_OUTPUT = 1 << 16, 1 << 22
 
 def clean(model: ir.Model) -> ir.Model:
     """Passes that a traced graph gets once, still symbolic: identities, common terms, weights as MatMul reads them."""
+    names = output_names(model)
     optimizer.optimize_ir(model, input_size_limit=_FOLD_INPUT, output_size_limit=_FOLD_OUTPUT, onnx_shape_inference=False)
     passes = ir.passes.Sequential(
         FoldWeightTransposesPass(),
         common.CommonSubexpressionEliminationPass(),
         common.IdentityEliminationPass(),
         common.RemoveUnusedNodesPass(),
+        KeepOutputsPass(names),
     )
     return passes(model).model
 
@@ -45,10 +48,11 @@ def specialize(model: ir.Model, sizes: Mapping[str, int], name: str) -> ir.Model
     """
     static = model.clone()
     static.graph.name = name
+    names = output_names(static)
     ir.passes.Sequential(SpecializeSizesPass(sizes), DropEmptyInputsPass())(static)
     optimizer.optimize_ir(static, num_iterations=3, input_size_limit=_FOLD_INPUT, output_size_limit=_FOLD_OUTPUT)
     finish = ir.passes.Sequential(
         common.CommonSubexpressionEliminationPass(), common.RemoveUnusedNodesPass(), DropEmptyInputsPass(),
-        common.ShapeInferencePass(), common.NameFixPass(), AssertStaticPass(name),
+        KeepOutputsPass(names), common.ShapeInferencePass(), common.NameFixPass(), AssertStaticPass(name),
     )  # fmt: skip
     return finish(static).model

@@ -1,0 +1,37 @@
+"""Outputs that a pass made equal keep their own names."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from tmc_export.passes.keep_outputs import KeepOutputsPass, output_names
+
+
+def _twice() -> ir.Model:
+    """Two outputs that are one value, named as the second one."""
+    x = ir.Input("x", shape=ir.Shape([2]), type=ir.TensorType(ir.DataType.FLOAT))
+    node = ir.node("Neg", [x])
+    node.outputs[0].name = "kv.1"
+    return ir.Model(ir.Graph([x], [node.outputs[0], node.outputs[0]], nodes=[node], opset_imports={"": 21}), ir_version=10)
+
+
+def test_a_shared_value_gets_a_copy() -> None:
+    model = _twice()
+    result = KeepOutputsPass(["kv.0", "kv.1"])(model)
+    assert result.modified and output_names(model) == ["kv.0", "kv.1"]
+    assert [n.op_type for n in model.graph] == ["Neg", "Identity"]
+
+
+def test_an_input_that_is_an_output_gets_a_copy() -> None:
+    x = ir.Input("x", shape=ir.Shape([2]), type=ir.TensorType(ir.DataType.FLOAT))
+    model = ir.Model(ir.Graph([x], [x], nodes=[], opset_imports={"": 21}), ir_version=10)
+    KeepOutputsPass(["y"])(model)
+    assert output_names(model) == ["y"] and model.graph.inputs[0].name == "x"
+
+
+def test_distinct_outputs_stay_as_they_are() -> None:
+    x = ir.Input("x", shape=ir.Shape([2]), type=ir.TensorType(ir.DataType.FLOAT))
+    node = ir.node("Neg", [x])
+    node.outputs[0].name = "y"
+    model = ir.Model(ir.Graph([x], [node.outputs[0]], nodes=[node], opset_imports={"": 21}), ir_version=10)
+    assert not KeepOutputsPass(["y"])(model).modified
