@@ -10,7 +10,7 @@ from tmc_export.core.errors import LegalityError
 from tmc_export.core.facts import ModelFacts
 from tmc_export.families import family_of
 from tmc_export.families._contract import Family, ModelFiles
-from tmc_export.graphs._contract import Attention, Layout, Segment, Stage
+from tmc_export.graphs._contract import Attention, Layout, Positions, Segment, Stage
 from tmc_export.plan.entries import Entry, read_entries
 from tmc_export.plan.types import BlockPlan, CutPlan, Plan, QuantizePlan, StagePlan, VisionPlan
 from tmc_export.recipe.recipe import Recipe
@@ -201,7 +201,7 @@ def _decoder(
         if first in by_layer:
             before = place.visual
             stages = _cut(recipe, facts, by_layer[first], place)
-            positions = next((s.after.positions for s in reversed(stages) if s.after.positions != "keep"), "keep")
+            positions: Positions = next((s.after.positions for s in reversed(stages) if s.after.positions != "keep"), "keep")
             cut = CutPlan(
                 index, first, stages, tokens(before), tokens(place.visual), inputs.images * before, inputs.images * place.visual, positions
             )

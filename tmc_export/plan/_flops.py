@@ -1,0 +1,162 @@
+"""Floating-point operations of every part: a multiply-add is two. Static graphs compute whole squares, so causal halves are not taken off.
+
+Norms, activations and softmax are left out (below 1 %). Of a selector the score side path and the comparisons of the reassembly are
+counted; matching and merging of candidates by keys as one product of what arrives with what leaves. What a method does beyond that
+(TokenCarve's decomposition) is not.
+
+Legend: T new tokens, s keys that they see, n tokens in the encoder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tmc_export.core.facts import DecoderFacts, ModelFacts
+from tmc_export.graphs._contract import Attention, Keys
+from tmc_export.plan._weights import projector_widths
+from tmc_export.plan.types import CutPlan, Plan, StagePlan, VisionPlan
+
+__all__ = [
+    "CutFlops",
+    "LayerTokens",
+    "VisionTokens",
+    "cut_flops",
+    "decoder_layer_flops",
+    "encoder_flops",
+    "head_flops",
+    "projector_flops",
+    "vision_stage_flops",
+    "vision_tokens",
+]
+
+
+@dataclass(frozen=True)
+class LayerTokens:
+    """Tokens in the two halves of one encoder layer; they differ when a stage cuts between them."""
+
+    attention: int
+    feed_forward: int
+
+
+@dataclass(frozen=True)
+class VisionTokens:
+    """How many tokens of one picture go through what.
+
+    Attributes:
+        layers: through each encoder layer.
+        projected: into the projector, class tokens dropped and patches not yet joined.
+    """
+
+    layers: tuple[LayerTokens, ...]
+    projected: int
+
+
+def vision_tokens(vision: VisionPlan) -> VisionTokens:
+    """Follow the tokens of one picture from layer to layer."""
+    encoder = vision.facts.encoder
+    count, classes = encoder.tokens, encoder.class_tokens
+    stages = [s for s in vision.stages if s.stage.at.part == "encoder"]
+    layers: list[LayerTokens] = []
+
+    def after(layer: int | None, point: str | None) -> int:
+        here = [s for s in stages if (s.stage.at.layer, s.stage.at.point) == (layer, point)]
+        return here[-1].after.tokens if here else count
+
+    for layer in range(encoder.layers):
+        count = attention = after(layer, None)
+        count = after(layer, "mid")
+        layers.append(LayerTokens(attention, count))
+    count = after(None, None)
+    if stages:
+        classes = stages[-1].after.class_tokens
+    return VisionTokens(tuple(layers), count - classes)
+
+
+def encoder_flops(facts: ModelFacts, tokens: tuple[LayerTokens, ...]) -> int:
+    """Patch embedding and layers: 8nc² + 4n²c in the attention half, 4ncm in the other."""
+    e = facts.encoder
+    patches = 2 * e.grid[0] * e.grid[1] * 3 * e.patch * e.patch * e.width
+    return patches + sum(
+        8 * t.attention * e.width**2 + 4 * t.attention**2 * e.width + 4 * t.feed_forward * e.width * e.intermediate for t in tokens
+    )
+
+
+def projector_flops(facts: ModelFacts, projected: int) -> int:
+    """The two linears, over joined patches."""
+    into, inner, out = projector_widths(facts)
+    return 2 * (projected // facts.encoder.merge**2) * (into * inner + inner * out)
+
+
+def decoder_layer_flops(d: DecoderFacts, new: int, keys: int) -> int:
+    """One layer for T new tokens over s keys: projections, scores and values, and a gated feed-forward part of three linears.
+
+    With as many KV heads as heads and s = T this is 2(4Tc² + 2T²c + 3Tcm): FastV's formula with the third linear of a gated part.
+    """
+    query, key = d.heads * d.head_dim, d.kv_heads * d.head_dim
+    projections = 2 * new * d.width * (2 * query + 2 * key)
+    return projections + 4 * new * keys * query + 6 * new * d.width * d.intermediate
+
+
+def head_flops(d: DecoderFacts) -> int:
+    """The output head on one row: only the last token's logits are computed."""
+    return 2 * d.width * d.vocabulary
+
+
+@dataclass(frozen=True)
+class CutFlops:
+    """What one cut costs.
+
+    Attributes:
+        scores: the side path: query rows against the keys, per need.
+        duplicated: query and key projections of the next layer, computed once more.
+        selection: comparisons, matching and merging.
+    """
+
+    scores: int
+    duplicated: int
+    selection: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.scores + self.duplicated + self.selection
+
+
+def cut_flops(plan: Plan, cut: CutPlan) -> CutFlops:
+    """Reckon one decoder cut for a full bucket."""
+    d, query = plan.facts.decoder, plan.facts.decoder.heads * plan.facts.decoder.head_dim
+    previous, following = cut.attention("previous"), cut.attention("next")
+    past = plan.blocks[cut.before_block - 1].capacity if previous else 0
+    ahead = plan.blocks[cut.before_block].capacity + cut.tokens_in if following else 0
+    scores = sum(2 * _rows(n, cut.tokens_in) * past * query for n in previous) + sum(
+        2 * _rows(n, cut.tokens_in) * ahead * query for n in following
+    )
+    duplicated = 2 * cut.tokens_in * d.width * (query + d.kv_heads * d.head_dim) if following else 0
+    joining = cut.tokens_in * cut.tokens_out + cut.tokens_out * cut.visual_out
+    return CutFlops(
+        scores, duplicated, joining + sum(selection_flops(s, d.head_dim) * (plan.images if s.scope == "image" else 1) for s in cut.stages)
+    )
+
+
+def vision_stage_flops(vision: VisionPlan) -> int:
+    """Score side paths and selectors inside the vision graph."""
+    width, heads = vision.facts.encoder.width, vision.facts.encoder.heads
+    total = 0
+    for stage in vision.stages:
+        if stage.stage.at.part == "input":
+            continue
+        n = stage.before.tokens
+        total += sum(2 * _rows(need, n) * n * width for need in stage.stage.needs if isinstance(need, Attention))
+        total += selection_flops(stage, width // heads)
+    return total
+
+
+def selection_flops(stage: StagePlan, head_dim: int) -> int:
+    """Comparisons of what arrives with what leaves, and with keys the matching and merging products."""
+    n, k = stage.before.tokens, stage.after.tokens
+    merging = 2 * n * k * (head_dim + stage.after.width) if any(isinstance(need, Keys) for need in stage.stage.needs) else 0
+    return n * k + merging
+
+
+def _rows(need: Attention, count: int) -> int:
+    return {"last": 1, "cls": 1, "window": need.window}.get(need.rows, count)

@@ -1,0 +1,153 @@
+"""How many weights each part has and how many bytes they take, reckoned from the model's numbers; no checkpoint is read.
+
+Biases of the decoder are left out (none in Llama and Mistral; below 0.1 % in Qwen2). A projector is taken as two linears: LLaVA's, whose
+inner width is the decoder's, or a merger's, whose inner width is that of the joined patches. An encoder's feed-forward part is taken as
+two linears.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tmc_export.core.facts import DecoderFacts, ModelFacts
+from tmc_export.plan.types import BlockPlan, Plan
+
+__all__ = [
+    "LINEARS", "WIDTHS", "WeightBytes", "block_bytes", "cut_bytes", "decoder_linears", "embed_bytes", "encoder_weights", "head_bytes",
+    "layer_bytes", "projector_weights", "projector_widths", "vision_bytes", "weight_bytes",
+]  # fmt: skip
+
+WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
+"""Bytes of one number."""
+
+LINEARS = {
+    "self_attn.q_proj": ("width", "query"), "self_attn.k_proj": ("width", "key"), "self_attn.v_proj": ("width", "key"),
+    "self_attn.o_proj": ("query", "width"), "mlp.gate_proj": ("width", "inner"), "mlp.up_proj": ("width", "inner"),
+    "mlp.down_proj": ("inner", "width"),
+}  # fmt: skip
+"""The linears of a decoder layer, by their name below `layers.<l>`: input and output width. All served decoders have these seven."""
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """Bytes of the weights as they are stored, by part.
+
+    Attributes:
+        encoder, projector: of one picture bucket; buckets share them on disk.
+        embed: the token table.
+        decoder: the layers and the final norm.
+        head: the output head; 0 when it is the token table.
+        cuts: query and key weights that cuts hold once more (`Attention(layer="next")`).
+    """
+
+    encoder: int
+    projector: int
+    embed: int
+    decoder: int
+    head: int
+    cuts: int
+
+    @property
+    def total(self) -> int:
+        """All parts, the token table once."""
+        return self.encoder + self.projector + self.embed + self.decoder + self.head + self.cuts
+
+
+def encoder_weights(facts: ModelFacts) -> int:
+    """Weights of the encoder's layers in use, patch embedding, position table and class token included.
+
+    A CLIP ViT-L layer (width 1024, inner 4096): 4·(1024² + 1024) + 2·1024·4096 + 4096 + 1024 + 4·1024 = 12,596,224.
+    """
+    e = facts.encoder
+    layer = 4 * (e.width * e.width + e.width) + 2 * e.width * e.intermediate + e.intermediate + e.width + 4 * e.width
+    first = 3 * e.patch * e.patch * e.width + (e.tokens if e.merge == 1 else 0) * e.width + e.class_tokens * 3 * e.width
+    return e.layers * layer + first
+
+
+def projector_widths(facts: ModelFacts) -> tuple[int, int, int]:
+    """Input, inner and output width of the projector."""
+    joined = facts.encoder.width * facts.encoder.merge**2
+    return joined, facts.decoder.width if facts.encoder.merge == 1 else joined, facts.decoder.width
+
+
+def projector_weights(facts: ModelFacts) -> int:
+    """Weights of the projector's two linears, biases included."""
+    into, inner, out = projector_widths(facts)
+    return into * inner + inner + inner * out + out
+
+
+def decoder_linears(d: DecoderFacts) -> dict[str, tuple[int, int]]:
+    """Input and output width of each linear of a layer."""
+    widths = {"width": d.width, "query": d.heads * d.head_dim, "key": d.kv_heads * d.head_dim, "inner": d.intermediate}
+    return {name: (widths[into], widths[out]) for name, (into, out) in LINEARS.items()}
+
+
+def _linear_bytes(plan: Plan, part: Literal["encoder", "projector", "decoder", "head"], into: int, out: int, name: str = "") -> int:
+    """One linear under the part's scheme. int4: half a byte a weight, and a scale per block of input channels and output."""
+    scheme, width = plan.quantize.get(part), WIDTHS[plan.dtype]
+    if scheme is None or any(k in name for k in scheme.keep):
+        return into * out * width
+    if scheme.weights == "fp16":
+        return into * out * 2
+    return -(-into // 2) * out + -(-into // scheme.block) * out * width
+
+
+def layer_bytes(plan: Plan, layer: int) -> int:
+    """Bytes of one decoder layer, its two norms included."""
+    d = plan.facts.decoder
+    linears = sum(_linear_bytes(plan, "decoder", i, o, f"layers.{layer}.{name}") for name, (i, o) in decoder_linears(d).items())
+    return linears + 2 * d.width * WIDTHS[plan.dtype]
+
+
+def head_bytes(plan: Plan) -> int:
+    """Bytes of the output head as a graph holds it, whether or not it is the token table."""
+    d = plan.facts.decoder
+    return _linear_bytes(plan, "head", d.width, d.vocabulary)
+
+
+def block_bytes(plan: Plan, block: BlockPlan) -> int:
+    """Bytes of the weights that one block's graph or engine holds: its layers, and norm and head at the end."""
+    tail = head_bytes(plan) + plan.facts.decoder.width * WIDTHS[plan.dtype] if block.head else 0
+    return sum(layer_bytes(plan, layer) for layer in range(block.first, block.last)) + tail
+
+
+def embed_bytes(plan: Plan) -> int:
+    """Bytes of the token table."""
+    return plan.facts.decoder.vocabulary * plan.facts.decoder.width * WIDTHS[plan.dtype]
+
+
+def vision_bytes(plan: Plan) -> int:
+    """Bytes of encoder and projector as one vision graph holds them."""
+    return _encoder_bytes(plan) + _projector_bytes(plan)
+
+
+def _encoder_bytes(plan: Plan) -> int:
+    wide = 2 if "encoder" in plan.quantize else WIDTHS[plan.dtype]
+    return encoder_weights(plan.facts) * wide if plan.images else 0
+
+
+def _projector_bytes(plan: Plan) -> int:
+    wide = 2 if "projector" in plan.quantize else WIDTHS[plan.dtype]
+    return projector_weights(plan.facts) * wide if plan.images else 0
+
+
+def cut_bytes(plan: Plan, index: int) -> int:
+    """Bytes of the norm, query and key weights that one cut holds a second time; 0 unless it scores with the layer after it."""
+    if not plan.cuts[index].attention("next"):
+        return 0
+    d = plan.facts.decoder
+    return (d.width * (d.heads + d.kv_heads) * d.head_dim + d.width) * WIDTHS[plan.dtype]
+
+
+def weight_bytes(plan: Plan) -> WeightBytes:
+    """Reckon the stored bytes of every part."""
+    d = plan.facts.decoder
+    return WeightBytes(
+        encoder=_encoder_bytes(plan),
+        projector=_projector_bytes(plan),
+        embed=embed_bytes(plan),
+        decoder=sum(layer_bytes(plan, layer) for layer in range(d.layers)) + d.width * WIDTHS[plan.dtype],
+        head=0 if d.tied else head_bytes(plan),
+        cuts=sum(cut_bytes(plan, index) for index in range(len(plan.cuts))),
+    )

@@ -1,0 +1,299 @@
+"""What cannot work is refused here, with the recipe's line, the reason and the fix; what was never run is noted.
+
+Budgets, sites and model limits are refused where they are resolved (`entries.py`, `resolve.py`), memory in `memory.py`. A TopK above
+TensorRT's 3840 needs no check: `graphs/_ops.py` ranks by comparison there. Entries at the same site act in the recipe's order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from tmc_export.core.errors import LegalityError
+from tmc_export.families._contract import Family, ModelFiles
+from tmc_export.graphs._contract import Attention, Features, Keys, Need, TextEmbeds
+from tmc_export.plan._weights import LINEARS
+from tmc_export.plan.memory import Room, build_memory, built_on_device, gib, run_memory, tight_helps
+from tmc_export.plan.types import CutPlan, Plan, QuantizePlan, StagePlan
+from tmc_export.recipe import Device, Recipe
+
+__all__ = ["EMITTED_OPSET", "RTX_CAPABILITIES", "check_plan", "check_target", "notes_of"]
+
+RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+"""What TensorRT-RTX 1.7 builds for."""
+
+EMITTED_OPSET = 21
+"""Of the graphs under `onnx/`."""
+
+_NEEDS_AMPERE = ("bfloat16", "int4")
+"""Not on compute capability 7.5, by what TensorRT-RTX builds."""
+
+
+# -------------------------------------------------------------------------------------------------- recipe and device
+def check_target(recipe: Recipe, device: Device) -> None:
+    """Refuse what the device cannot do, before the model is looked at.
+
+    Raises:
+        LegalityError: with line, reason and fix.
+    """
+    _check_runtime(recipe, device)
+    _check_capabilities(recipe, device)
+    _check_precisions(recipe, device)
+    if recipe.inputs.batch > 1:
+        raise LegalityError(
+            f"{recipe.origin(('inputs', 'batch'))}: inputs.batch: {recipe.inputs.batch} is not built yet: the runtime runs one "
+            "conversation at a time; "
+            "remove it, or write batch: 1"
+        )
+    if recipe.inputs.turns == "recompute":
+        raise LegalityError(
+            f"{recipe.origin(('inputs', 'turns'))}: turns: recompute is not built yet: the runtime keeps what each turn selected; write "
+            "turns: freeze"
+        )
+    if recipe.inputs.images == 0:
+        for part in ("encoder", "projector"):
+            if getattr(recipe.quantize, part) is not None:
+                raise LegalityError(
+                    f"{recipe.origin(('quantize', part))}: quantize.{part} has nothing to act on: inputs.images is 0; remove it"
+                )
+        if recipe.compress:
+            raise LegalityError(
+                f"{recipe.origin(('compress', 0, 'at'))}: {recipe.compress[0].at} compresses pictures, but inputs.images is 0; remove "
+                "the entry"
+            )
+
+
+def _check_runtime(recipe: Recipe, device: Device) -> None:
+    runtime, flavour, place = recipe.target.runtime, device.tensorrt.flavour, recipe.origin(("target", "runtime"))
+    if runtime in ("onnxruntime", flavour):
+        return
+    if flavour == "none":
+        raise LegalityError(f"{place}: runtime: {runtime} needs an NVIDIA GPU, and '{device.name}' has none; write runtime: onnxruntime")
+    if runtime == "tensorrt-rtx":
+        raise LegalityError(
+            f"{place}: runtime: tensorrt-rtx builds for desktop GPUs (compute capabilities {', '.join(RTX_CAPABILITIES)}) and cannot "
+            "target "
+            f"'{device.name}' ({device.compute_capability}); write runtime: tensorrt, which builds on the device"
+        )
+    raise LegalityError(
+        f"{place}: runtime: tensorrt is not known for '{device.name}', whose device file names {flavour} {device.tensorrt.version}; "
+        f"write runtime: {flavour}, or give the release in a device file of your own: tensorrt: {{flavour: tensorrt, version: …}}"
+    )
+
+
+def _check_capabilities(recipe: Recipe, device: Device) -> None:
+    named = recipe.target.compute_capabilities
+    place = recipe.origin(("target", "compute_capabilities"))
+    if named is not None:
+        if recipe.target.runtime != "tensorrt-rtx":
+            raise LegalityError(
+                f"{place}: compute_capabilities has no effect with runtime: {recipe.target.runtime}; only tensorrt-rtx builds for named "
+                "GPUs; remove it"
+            )
+        if not named:
+            raise LegalityError(
+                f"{place}: compute_capabilities is empty: the engine would claim every GPU; remove it, or name "
+                f"'{device.compute_capability}'"
+            )
+        for each in named:
+            if each not in RTX_CAPABILITIES:
+                raise LegalityError(
+                    f"{place}: TensorRT-RTX cannot build for compute capability '{each}'; it builds for {', '.join(RTX_CAPABILITIES)}"
+                )
+        if device.compute_capability not in named:
+            raise LegalityError(
+                f"{place}: engines for {', '.join(named)} do not run on '{device.name}', which is {device.compute_capability}; add it to "
+                "the list"
+            )
+    if recipe.target.runtime == "tensorrt-rtx" and named is None and device.compute_capability not in RTX_CAPABILITIES:
+        raise LegalityError(
+            f"{recipe.origin(('target', 'device'))}: TensorRT-RTX cannot build for '{device.name}' ({device.compute_capability}); "
+            f"it builds for {', '.join(RTX_CAPABILITIES)}"
+        )
+    built_for = named or ((device.compute_capability,) if device.compute_capability else ())
+    if recipe.target.runtime == "tensorrt-rtx" and "7.5" in built_for:
+        for where, what in _precisions(recipe):
+            if what in _NEEDS_AMPERE:
+                raise LegalityError(
+                    f"{recipe.origin(where)}: {what} does not build for compute capability 7.5; write float16, or leave 7.5 out of the "
+                    "target"
+                )
+
+
+def _precisions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
+    """Every precision the recipe asks for, with its place."""
+    found: list[tuple[tuple[str, ...], str]] = [(("model", "dtype"), recipe.model.dtype)]
+    for part in ("encoder", "projector", "decoder", "head", "kv"):
+        wanted = getattr(recipe.quantize, part)
+        if wanted is not None:
+            found.append((("quantize", part, "weights"), wanted.weights))
+    return found
+
+
+_DEVICE_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+def _check_precisions(recipe: Recipe, device: Device) -> None:
+    for where, what in _precisions(recipe):
+        if _DEVICE_NAMES.get(what, what) not in device.precisions:
+            raise LegalityError(f"{recipe.origin(where)}: {what} does not run on '{device.name}'; it has {', '.join(device.precisions)}")
+    if recipe.model.dtype == "bfloat16":
+        raise LegalityError(
+            f"{recipe.origin(('model', 'dtype'))}: graphs in bfloat16 are not built yet; write dtype: float16, into which the export "
+            "converts a bfloat16 "
+            "checkpoint and refuses values that overflow"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------ plan and model
+def check_plan(recipe: Recipe, plan: Plan, family: type[Family], files: ModelFiles) -> None:
+    """Refuse what the subgraphs and the runtime cannot do with the resolved stages.
+
+    Raises:
+        LegalityError: with line, reason and fix.
+    """
+    for vision in plan.vision:
+        for stage in vision.stages:
+            _check_vision_needs(recipe, stage, vision.facts.encoder.class_tokens, vision.facts.encoder.merge)
+        if vision.out_grid is None and family.position_rule(files) == "mrope":
+            culprit = vision.stages[-1]
+            raise LegalityError(
+                f"{_at(recipe, culprit)}: method '{culprit.method}' at {culprit.stage.at} leaves {vision.tokens} visual tokens without a "
+                "raster, and the "
+                f"positions of the family '{family.name}' count rows and columns; choose a method that keeps the raster, such as pool, "
+                "or a decoder site"
+            )
+    for cut in plan.cuts:
+        for stage in cut.stages:
+            _check_cut_needs(recipe, stage)
+            if stage.after.positions == "truncate":
+                raise LegalityError(
+                    f"{_at(recipe, stage)}: method '{stage.method}' at {stage.stage.at} truncates positions, which is not built yet; "
+                    "choose a method that keeps or renumbers them"
+                )
+            _check_kv(recipe, plan, cut, stage)
+    _check_keep(recipe, plan)
+
+
+def _at(recipe: Recipe, stage: StagePlan) -> str:
+    return str(recipe.origin(("compress", stage.entry, "at")))
+
+
+def _refuse(recipe: Recipe, stage: StagePlan, need: Need, has: str) -> LegalityError:
+    return LegalityError(
+        f"{_at(recipe, stage)}: method '{stage.method}' asks for {need} at {stage.stage.at}, which has {has}; use it at another site"
+    )
+
+
+def _check_vision_needs(recipe: Recipe, stage: StagePlan, classes: int, merge: int) -> None:
+    site = stage.stage.at
+    for need in stage.stage.needs:
+        if site.part == "input":
+            raise _refuse(recipe, stage, need, "pixels only: nothing was computed yet")
+        if site.part == "projector" and (classes or merge > 1):
+            raise _refuse(recipe, stage, need, "other tokens than the encoder's last layer (class tokens dropped, or patches joined)")
+        if isinstance(need, TextEmbeds):
+            raise _refuse(recipe, stage, need, "no prompt: a picture is encoded by itself")
+        if isinstance(need, Attention):
+            if need.layer != "previous" or need.rows not in ("cls", "all"):
+                raise _refuse(recipe, stage, need, "class-token rows and column sums of the layer before")
+            if need.rows == "cls" and not classes:
+                raise _refuse(recipe, stage, need, "no class token")
+        if site.layer == 0 and site.point is None:
+            raise _refuse(recipe, stage, need, "no layer before it; the first site with one is encoder.0.mid or encoder.1")
+        if isinstance(need, Features) and need.layer >= 0 and site.layer is not None and need.layer >= site.layer:
+            raise _refuse(recipe, stage, need, f"features of layers below {site.layer}")
+
+
+def _check_cut_needs(recipe: Recipe, stage: StagePlan) -> None:
+    for need in stage.stage.needs:
+        if isinstance(need, (Keys, Features)):
+            raise _refuse(
+                recipe, stage, need, "attention rows 'last' and 'all' and the prompt's embeddings; encoder sites have keys and features"
+            )
+        if isinstance(need, Attention) and need.rows not in ("last", "all"):
+            raise _refuse(recipe, stage, need, "attention rows 'last' and 'all'; other rows are not built yet")
+
+
+def _check_kv(recipe: Recipe, plan: Plan, cut: CutPlan, stage: StagePlan) -> None:
+    """Earlier layers whose KV a stage prunes: whole blocks, one count each, and none before another cut."""
+    rows: Mapping[int, int] = stage.after.kv_rows
+    if not rows:
+        return
+    place, name = _at(recipe, stage), f"method '{stage.method}' at {stage.stage.at}"
+    later = sorted(layer for layer in rows if layer >= cut.layer)
+    if later:
+        raise LegalityError(
+            f"{place}: {name} prunes the KV of layers {_runs(later)}, which have not run there; it may name layers below {cut.layer}"
+        )
+    for block in plan.blocks[: cut.before_block]:
+        inside = [layer for layer in range(block.first, block.last) if layer in rows]
+        if inside and (len(inside) < block.last - block.first or len({rows[layer] for layer in inside}) > 1):
+            raise LegalityError(
+                f"{place}: {name} prunes the KV of layers {_runs(inside)} of the block of layers "
+                f"{_runs(range(block.first, block.last))}, whose layers share "
+                "one slot table; it must leave equally many rows in all of them"
+            )
+    between = [c for c in plan.cuts if min(rows) < c.layer < cut.layer and c.tokens_in != c.tokens_out]
+    if between:
+        raise LegalityError(
+            f"{place}: {name} prunes the KV of layers {_runs(sorted(rows))}, and '{between[-1].stages[-1].method}' at "
+            f"decoder.{between[-1].layer} cut between "
+            "them: rows of the first layers are other tokens; put it before that cut, or choose one of the two"
+        )
+
+
+def _runs(layers: Sequence[int]) -> str:
+    return f"{layers[0]}" if len(layers) == 1 else f"{layers[0]} to {layers[-1]}"
+
+
+def _check_keep(recipe: Recipe, plan: Plan) -> None:
+    """A name under `keep` that matches no linear would be a silent no-op."""
+    scheme: QuantizePlan | None = plan.quantize.get("decoder")
+    names = [f"layers.{layer}.{linear}" for layer in range(plan.facts.decoder.layers) for linear in LINEARS]
+    for index, wanted in enumerate(scheme.keep if scheme is not None else ()):
+        if not any(wanted in name for name in names):
+            raise LegalityError(
+                f"{recipe.origin(('quantize', 'decoder', 'keep', index))}: keep: '{wanted}' matches no linear of the decoder; "
+                f"they are layers.<0 to {plan.facts.decoder.layers - 1}>.{{{', '.join(LINEARS)}}}"
+            )
+
+
+# --------------------------------------------------------------------------------------------------------------- notes
+def notes_of(recipe: Recipe, plan: Plan, device: Device, room: Room | None) -> tuple[str, ...]:
+    """What a user should know of a legal plan: what was never run, what it falls back to, what is not known."""
+    found: list[str] = []
+    runtime, version = recipe.target.runtime, device.tensorrt.version
+    if runtime == "onnxruntime" and device.kind != "cpu":
+        found.append(f"runtime: onnxruntime runs on the CPU of '{device.name}', not on its GPU")
+    if runtime != "onnxruntime" and plan.dtype == "float32":
+        found.append("TensorRT does not fuse float32 attention; float16 takes less memory and time")
+    if built_on_device(device, runtime):
+        if device.tensorrt.opset < EMITTED_OPSET:
+            found.append(
+                f"TensorRT {version} is taken as safe up to opset {device.tensorrt.opset}, the graphs are opset {EMITTED_OPSET}: not run "
+                "on a board; "
+                "build_on_device.sh tries it there"
+            )
+        scheme = plan.quantize.get("decoder")
+        if scheme is not None and scheme.weights == "int4" and device.tensorrt.opset < EMITTED_OPSET:
+            found.append(f"int4 on TensorRT {version}: not run; {_fallback(recipe, plan, room)}")
+    if recipe.target.memory_tight and runtime != "onnxruntime":
+        found.append("memory_tight has no effect on TensorRT engines: one engine serves all phases")
+    elif recipe.target.memory_tight and not tight_helps(plan):
+        found.append("memory_tight shares only float32 weights between onnxruntime's sessions; float16 and int4 are copied in each")
+    if room is None:
+        found.append("memory is not checked here: it depends on the machine")
+    if len(plan.vision) > 1:
+        found.append("operations, bytes and times are of the dearest picture bucket")
+    return tuple(found)
+
+
+def _fallback(recipe: Recipe, plan: Plan, room: Room | None) -> str:
+    """The scheme that int4 falls back to; it must fit, too."""
+    plain = replace(plan, quantize={k: v for k, v in plan.quantize.items() if k != "decoder"})
+    running = run_memory(plain, recipe.target.runtime, recipe.target.memory_tight).total
+    building = max(engine.peak for engine in build_memory(plain))
+    if room is not None and max(running, building) > room.free:
+        return f"no fallback: {plan.dtype} weights would take {gib(running)}, their build {gib(building)}, of {gib(room.free)}"
+    return f"the fallback is {plan.dtype} weights ({gib(running)} when it runs, {gib(building)} to build)"

@@ -1,0 +1,266 @@
+"""Memory of a plan on its device: while it runs, and while its engines are built.
+
+Engines: the peak of a build is 2.4 times the weights of the engine plus 0.75 GiB, 3.0 times for int4. Measured with TensorRT-RTX 1.7 on a
+CPU (weights → peak, GiB): fp16 0.94 → 3.3, 2.88 → 8.2, 5.75 → 14.1; int4 4.07 → 12.8; the formula gives 3.0, 7.7, 14.6 and 13.0. TensorRT
+on a Jetson: not run, the same is assumed. The engine room refuses with the same formula against the memory that is free when it builds.
+
+onnxruntime keeps a packed copy of a block's weights per session, and one session per phase: three copies. `memory_tight` (no packing)
+leaves float32 weights in the file's pages, which the sessions share. Measured (1.31, CPU, three sessions): 778 MiB for 256 of float32, 2
+beside the file's 256 under `memory_tight`; 779 for 128 of float16, which every session turns into float32, under `memory_tight` too.
+TensorRT engines of decode width 1 store the weights twice (measured on a 60 MB fp16 block: 122 MB; assumed for int4), of width 2 once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from tmc_export.core.errors import LegalityError
+from tmc_export.plan._flops import vision_tokens
+from tmc_export.plan._launches import kv_bytes
+from tmc_export.plan._weights import WIDTHS, block_bytes, cut_bytes, embed_bytes, vision_bytes
+from tmc_export.plan.types import BlockPlan, CutPlan, Plan, VisionPlan
+from tmc_export.recipe import Device, Recipe
+
+__all__ = [
+    "GIB", "BuildMemory", "Room", "RunMemory", "build_memory", "built_on_device", "check_run_memory", "even_splits", "gib", "peak_of_build",
+    "room_of", "run_memory", "tight_helps",
+]  # fmt: skip
+
+GIB = 2**30
+_BUILD, _BUILD_INT4, _BUILD_BASE = 2.4, 3.0, 3 * GIB // 4
+_RESERVE_SHARED, _RESERVE_SHARE, _RESERVE_OWN = 1 * GIB, 0.06, GIB // 2
+
+
+@dataclass(frozen=True)
+class Room:
+    """Memory that a plan may take on a device, bytes.
+
+    Attributes:
+        total: of the device.
+        reserve: left to others; an assumption: where CPU and GPU share the memory 1 GiB for the system and 6 % for firmware carve-outs,
+            else 0.5 GiB.
+        unverified: the total was not read in a document of the maker.
+    """
+
+    total: int
+    reserve: int
+    unverified: bool
+
+    @property
+    def free(self) -> int:
+        """What is left for graphs."""
+        return self.total - self.reserve
+
+
+@dataclass(frozen=True)
+class RunMemory:
+    """Memory while a conversation runs, bytes.
+
+    Attributes:
+        weights: of all sessions or engines.
+        kv: static slots.
+        activations: of all sessions or engines; each keeps its own.
+        copies: how often the decoder's weights are in memory.
+    """
+
+    weights: int
+    kv: int
+    activations: int
+    copies: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.kv + self.activations
+
+
+@dataclass(frozen=True)
+class BuildMemory:
+    """The build of one engine: its weights and the expected peak of the building process, bytes."""
+
+    name: str
+    weights: int
+    peak: int
+
+
+def gib(size: float) -> str:
+    """`"1.5 GiB"`; below 0.1 GiB in MiB."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
+
+
+def built_on_device(device: Device, runtime: str) -> bool:
+    """TensorRT engines are built where they run; TensorRT-RTX engines on any machine."""
+    return runtime == "tensorrt" and device.tensorrt.flavour == "tensorrt"
+
+
+def room_of(device: Device, runtime: str) -> Room | None:
+    """Return the memory that a runtime's graphs share on a device; None when the device file does not know it.
+
+    onnxruntime runs in the memory of the CPU, which a device file knows only where it is shared.
+    """
+    if device.memory_gib.value is None or (runtime == "onnxruntime" and not device.memory_shared):
+        return None
+    total = int(device.memory_gib.value * GIB)
+    reserve = _RESERVE_SHARED + int(_RESERVE_SHARE * total) if device.memory_shared else _RESERVE_OWN
+    return Room(total, reserve, device.memory_gib.unverified)
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+def run_memory(plan: Plan, runtime: str, memory_tight: bool = False) -> RunMemory:
+    """Reckon what a loaded bundle takes when every graph has run once."""
+    ort = runtime == "onnxruntime"
+    copies = (1 if memory_tight and tight_helps(plan) else 3) if ort else (2 if plan.decode_width == 1 else 1)
+    unpacked = 2 if ort and plan.dtype != "float32" else 1  # the CPU provider computes float16 in float32
+    blocks = sum(_packed(plan, block, unpacked) for block in plan.blocks)
+    others = len(plan.vision) * vision_bytes(plan) + sum(cut_bytes(plan, i) for i in range(len(plan.cuts)))
+    acts = sum(vision_activations(plan, v, ort) for v in plan.vision) + sum(_cut_activations(plan, c) for c in plan.cuts)
+    for block in plan.blocks:
+        width = 1 if ort else plan.decode_width
+        phases = [
+            block_activations(plan, block, t, p, ort) for t, p in ((block.tokens, 0), (plan.chunk, block.capacity), (width, block.capacity))
+        ]
+        acts += sum(phases) if ort else max(phases)
+    weights = copies * blocks + unpacked * others + embed_bytes(plan)
+    return RunMemory(weights, sum(kv_bytes(plan, b) for b in plan.blocks), plan.batch * acts, copies)
+
+
+def tight_helps(plan: Plan) -> bool:
+    """Whether onnxruntime's sessions can share the decoder's weights: only as they are in the file, which is in float32."""
+    return plan.dtype == "float32" and "decoder" not in plan.quantize
+
+
+def _packed(plan: Plan, block: BlockPlan, unpacked: int) -> int:
+    """A block's weights as onnxruntime packs them: int4 stays int4, float16 becomes float32."""
+    scheme = plan.quantize.get("decoder")
+    if unpacked == 1 or scheme is None or scheme.weights != "int4":
+        return unpacked * block_bytes(plan, block)
+    tail = block_bytes(plan, block) - block_bytes(plan, _headless(block))
+    return block_bytes(plan, _headless(block)) + unpacked * tail
+
+
+def _headless(block: BlockPlan) -> BlockPlan:
+    return BlockPlan(block.index, block.first, block.last, block.tokens, block.visual_tokens, block.capacity)
+
+
+def _wide(plan: Plan, ort: bool) -> int:
+    return 4 if ort else WIDTHS[plan.dtype]
+
+
+def block_activations(plan: Plan, block: BlockPlan, new: int, past: int, ort: bool) -> int:
+    """Peak of one phase: residual stream, the larger half of a layer, mask, logits, and the new keys and values of all layers.
+
+    onnxruntime holds the scores of all heads twice (before and after softmax); TensorRT fuses them away, except in float32.
+    """
+    d, keys = plan.facts.decoder, past + new
+    query, key = d.heads * d.head_dim, d.kv_heads * d.head_dim
+    attention = 2 * new * query + 2 * keys * key + 2 * keys * query
+    if ort or plan.dtype == "float32":
+        attention += 2 * d.heads * new * keys
+    numbers = 2 * new * d.width + max(attention, 3 * new * d.intermediate) + 2 * new * key * (block.last - block.first)
+    numbers += d.vocabulary + d.width if block.head else 0
+    mask = new * keys * (8 + 1 + _wide(plan, ort))  # int64 distances, what is visible, and the mask that is added
+    return numbers * _wide(plan, ort) + mask
+
+
+def vision_activations(plan: Plan, vision: VisionPlan, ort: bool) -> int:
+    """Peak of one picture's encoder layer, projector output included."""
+    e, tokens = vision.facts.encoder, vision_tokens(vision)
+    scores = 2 * e.heads if ort or plan.dtype == "float32" else 0
+    layer = max(max(4 * t.attention * e.width + scores * t.attention**2, 2 * t.feed_forward * e.intermediate) for t in tokens.layers)
+    numbers = 2 * e.tokens * e.width + layer + (tokens.projected // e.merge**2) * plan.facts.decoder.width
+    return numbers * _wide(plan, ort)
+
+
+def _cut_activations(plan: Plan, cut: CutPlan) -> int:
+    d = plan.facts.decoder
+    hidden = (cut.tokens_in + cut.tokens_out) * d.width * 4
+    keys = plan.blocks[cut.before_block - 1].capacity if cut.attention("previous") else 0
+    keys += plan.blocks[cut.before_block].capacity + cut.tokens_in if cut.attention("next") else 0
+    return hidden + 2 * keys * d.heads * d.head_dim * 4 + 9 * cut.tokens_in * cut.tokens_out
+
+
+def check_run_memory(plan: Plan, recipe: Recipe, room: Room, device: Device) -> RunMemory:
+    """Refuse a plan that does not fit its device when it runs.
+
+    Raises:
+        LegalityError: with the figures and what helps.
+    """
+    found = run_memory(plan, recipe.target.runtime, recipe.target.memory_tight)
+    if found.total <= room.free:
+        return found
+    helps = []
+    if recipe.target.runtime == "onnxruntime" and not recipe.target.memory_tight and tight_helps(plan):
+        helps.append("set target.memory_tight: true")
+    if recipe.target.runtime != "onnxruntime" and plan.decode_width == 1:
+        helps.append("set target.decode_width: 2, which stores the weights once")
+    scheme = plan.quantize.get("decoder")
+    if scheme is None or scheme.weights != "int4":
+        helps.append("write quantize: {decoder: {weights: int4, block: 128}}")
+    if found.kv + found.activations > found.total // 4:
+        helps.append("lower inputs.images, inputs.text_tokens or inputs.new_tokens, or compress more")
+    helps.append("choose a smaller model or a device with more memory")
+    times = f" ({found.copies} copies of the decoder's)" if found.copies > 1 else ""
+    raise LegalityError(
+        f"{recipe.origin(('target', 'device'))}: running needs about {gib(found.total)}: weights {gib(found.weights)}{times}, "
+        f"KV {gib(found.kv)}, activations {gib(found.activations)}; '{device.name}' has {_spare(room)}; {'; or '.join(helps)}"
+    )
+
+
+def _spare(room: Room) -> str:
+    source = ", unverified" if room.unverified else ""
+    return f"{gib(room.free)} ({gib(room.total)}{source}, less {gib(room.reserve)} for the system)"
+
+
+# ------------------------------------------------------------------------------------------------------------ building
+def peak_of_build(weights: int, int4: bool) -> int:
+    """Expected peak of an engine's build, bytes; see the module's description."""
+    return int(weights * (_BUILD_INT4 if int4 else _BUILD)) + _BUILD_BASE
+
+
+def build_memory(plan: Plan) -> tuple[BuildMemory, ...]:
+    """The build of each engine; engines are built one after the other, each in a process of its own."""
+    scheme = plan.quantize.get("decoder")
+    int4 = scheme is not None and scheme.weights == "int4"
+    found = [(f"vision_{v.index}", vision_bytes(plan), False) for v in plan.vision]
+    for block in plan.blocks:
+        cut = plan.cut_before(block.index)
+        found += [(f"compress_{block.index}", cut_bytes(plan, plan.cuts.index(cut)), False)] if cut is not None else []
+        found.append((f"block_{block.index}", block_bytes(plan, block), int4))
+    return tuple(BuildMemory(name, weights, peak_of_build(weights, quantized)) for name, weights, quantized in found)
+
+
+def even_splits(plan: Plan, recipe: Recipe, room: Room, device: Device) -> tuple[int, ...]:
+    """Find where to cut blocks further, evenly and as seldom as possible, so that every engine can be built on the device.
+
+    Raises:
+        LegalityError: an encoder, or a single decoder layer, is too large to build there.
+    """
+    place = recipe.origin(("target", "device"))
+    for engine in build_memory(plan):
+        if engine.name.startswith("vision_") and engine.peak > room.free:
+            raise LegalityError(
+                f"{place}: building the engine of {engine.name} needs about {gib(engine.peak)} for {gib(engine.weights)} of weights; "
+                f"'{device.name}' has {_spare(room)}; write model.dtype: float16, or choose a device with more memory"
+            )
+    splits: list[int] = []
+    for block in plan.blocks:
+        splits += _splits_of(plan, block, room, f"{place}: ", device)
+    return tuple(splits)
+
+
+def _splits_of(plan: Plan, block: BlockPlan, room: Room, place: str, device: Device) -> Sequence[int]:
+    scheme = plan.quantize.get("decoder")
+    int4 = scheme is not None and scheme.weights == "int4"
+    layers = block.last - block.first
+    for parts in range(1, layers + 1):
+        edges = [block.first + (layers * i) // parts for i in range(parts + 1)]
+        pieces = [BlockPlan(0, a, b, 0, 0, 0, {}, block.head and b == block.last) for a, b in pairwise(edges)]
+        worst = max(block_bytes(plan, piece) for piece in pieces)
+        if peak_of_build(worst, int4) <= room.free:
+            return edges[1:-1]
+    raise LegalityError(
+        f"{place}building an engine of a single decoder layer (the largest holds {gib(worst)} of weights) needs about "
+        f"{gib(peak_of_build(worst, int4))}; '{device.name}' has {_spare(room)}; quantize to int4, or choose a device with more memory"
+    )
