@@ -1,7 +1,7 @@
 """Give every graph output a value and the name of its own.
 
-Before: a pass found that two outputs are equal, and the graph now returns one value twice, `kv.1, kv.1`. After: `kv.0, kv.1`, the second one
-copied by an Identity. The same for an output that is an input or an initializer.
+Before: a pass found that two outputs are equal, and the graph now returns one value twice, `kv.1, kv.1`. After: `kv.0, kv.1`, one of them
+copied by an Identity. The same for an output that is an input.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class KeepOutputsPass(ir.passes.InPlacePass):
         graph, taken, modified = model.graph, set(), False
         for index, (value, name) in enumerate(zip(list(graph.outputs), self.names, strict=True)):
             produced = value.producer() is not None
-            if value.name == name and produced and id(value) not in taken:
+            if value.name == name and (produced or value.is_initializer()) and id(value) not in taken:
                 taken.add(id(value))
                 continue
             if produced and id(value) not in taken and value.name not in self.names:
