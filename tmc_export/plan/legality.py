@@ -224,27 +224,27 @@ def _check_kv(recipe: Recipe, plan: Plan, cut: CutPlan, stage: StagePlan) -> Non
     later = sorted(layer for layer in rows if layer >= cut.layer)
     if later:
         raise LegalityError(
-            f"{place}: {name} prunes the KV of layers {_runs(later)}, which have not run there; it may name layers below {cut.layer}"
+            f"{place}: {name} prunes the KV of {_runs(later)}, which have not run there; it may name layers below {cut.layer}"
         )
     for block in plan.blocks[: cut.before_block]:
         inside = [layer for layer in range(block.first, block.last) if layer in rows]
         if inside and (len(inside) < block.last - block.first or len({rows[layer] for layer in inside}) > 1):
             raise LegalityError(
-                f"{place}: {name} prunes the KV of layers {_runs(inside)} of the block of layers "
+                f"{place}: {name} prunes the KV of {_runs(inside)} of the block of layers "
                 f"{_runs(range(block.first, block.last))}, whose layers share "
                 "one slot table; it must leave equally many rows in all of them"
             )
     between = [c for c in plan.cuts if min(rows) < c.layer < cut.layer and c.tokens_in != c.tokens_out]
     if between:
         raise LegalityError(
-            f"{place}: {name} prunes the KV of layers {_runs(sorted(rows))}, and '{between[-1].stages[-1].method}' at "
+            f"{place}: {name} prunes the KV of {_runs(sorted(rows))}, and '{between[-1].stages[-1].method}' at "
             f"decoder.{between[-1].layer} cut between "
             "them: rows of the first layers are other tokens; put it before that cut, or choose one of the two"
         )
 
 
 def _runs(layers: Sequence[int]) -> str:
-    return f"{layers[0]}" if len(layers) == 1 else f"{layers[0]} to {layers[-1]}"
+    return f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
 
 
 def _check_keep(recipe: Recipe, plan: Plan) -> None:

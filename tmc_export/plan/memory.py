@@ -242,7 +242,8 @@ def even_splits(plan: Plan, recipe: Recipe, room: Room, device: Device) -> tuple
         if engine.name.startswith("vision_") and engine.peak > room.free:
             raise LegalityError(
                 f"{place}: building the engine of {engine.name} needs about {gib(engine.peak)} for {gib(engine.weights)} of weights; "
-                f"'{device.name}' has {_spare(room)}; write model.dtype: float16, or choose a device with more memory"
+                f"'{device.name}' has {_spare(room)}; {'write model.dtype: float16, or ' if plan.dtype == 'float32' else ''}choose a "
+                "device with more memory"
             )
     splits: list[int] = []
     for block in plan.blocks:
@@ -262,5 +263,6 @@ def _splits_of(plan: Plan, block: BlockPlan, room: Room, place: str, device: Dev
             return edges[1:-1]
     raise LegalityError(
         f"{place}building an engine of a single decoder layer (the largest holds {gib(worst)} of weights) needs about "
-        f"{gib(peak_of_build(worst, int4))}; '{device.name}' has {_spare(room)}; quantize to int4, or choose a device with more memory"
+        f"{gib(peak_of_build(worst, int4))}; '{device.name}' has {_spare(room)}; {'' if int4 else 'quantize to int4, or '}choose a "
+        "device with more memory"
     )
