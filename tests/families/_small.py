@@ -104,7 +104,7 @@ def save_small_llava(
         tie_word_embeddings=tied,
         image_seq_length=(image_size // 14) ** 2,
     )
-    _save_model(folder, config, seed, eos=[ids["</s>"]], pad=ids["<pad>"], bos=ids["<s>"])
+    _save_model(folder, config, seed, eos=[ids["</s>"]], pad=ids["<pad>"], bos=ids["<s>"], quiet=list(ids.values()))
     _write_json(
         folder / "processor_config.json",
         {
@@ -209,7 +209,7 @@ def _save_qwen(folder: Path, kind: str, vision: dict[str, Any], seed: int, layer
     written = {**text, "vision_config": vision, **tokens, "tie_word_embeddings": tied}
     config = AutoConfig.for_model(kind, **json.loads(json.dumps(written)))
     eos = [ids["<|im_end|>"], ids["<|endoftext|>"]]
-    architecture = _save_model(folder, config, seed, eos=eos, pad=ids["<|endoftext|>"], bos=ids["<|endoftext|>"])
+    architecture = _save_model(folder, config, seed, eos=eos, pad=ids["<|endoftext|>"], bos=ids["<|endoftext|>"], quiet=list(ids.values()))
     if flat:
         _write_json(folder / "config.json", {"architectures": [architecture], "model_type": kind, "torch_dtype": "float32", **written})
     _write_json(
@@ -254,7 +254,7 @@ def _text_config(kind: DecoderName, layers: int, hidden: int, kv_heads: int, tie
     return AutoConfig.for_model(kind, **options)
 
 
-def _save_model(folder: Path, config: Any, seed: int, *, eos: list[int], pad: int, bos: int) -> str:
+def _save_model(folder: Path, config: Any, seed: int, *, eos: list[int], pad: int, bos: int, quiet: list[int]) -> str:
     """Make the model with `seed`, save weights and the two configurations; returns the architecture's name."""
     from transformers import AutoModelForImageTextToText, GenerationConfig
 
@@ -266,7 +266,7 @@ def _save_model(folder: Path, config: Any, seed: int, *, eos: list[int], pad: in
     finally:
         torch.set_rng_state(before)
     with torch.no_grad():
-        model.get_output_embeddings().weight[eos] *= 0.05  # an answer does not end by itself
+        model.get_output_embeddings().weight[quiet] *= 0.05  # an answer neither ends by itself nor holds special tokens
     model.generation_config = GenerationConfig(
         bos_token_id=bos, eos_token_id=eos if len(eos) > 1 else eos[0], pad_token_id=pad, do_sample=False
     )

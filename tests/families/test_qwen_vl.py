@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from PIL import Image
 from transformers.vision_utils import get_vision_window_index
 
 from tests.families._parity import (
@@ -29,6 +30,7 @@ from tmc_export.core.errors import ExportError, ModelError
 from tmc_export.families import FAMILIES, family_of
 from tmc_export.families._qwen_vision import make_windows
 from tmc_export.plan.types import BlockPlan
+from tmc_export.runtime._images import _patches, prepare
 from tmc_export.runtime._mrope import mrope_positions
 from tmc_export.surgery.attention import AttentionState, additive_mask, recording
 from tmc_export.surgery.block import DecoderBlock
@@ -197,6 +199,33 @@ def test_windows_matter(loaded: Loaded) -> None:
         (got,) = Vision(parts, plan)(pixels)
     far = float((got - hugging_face_tokens(loaded, size, pixels)).abs().max())
     assert far > 0.1 if loaded.family.name == "qwen2_5_vl" else far < 1e-5
+
+
+def test_raster_is_the_picture_and_embeds_as_its_patches(loaded: Loaded) -> None:
+    size = (84, 140)
+    rule = loaded.family.image_rule(loaded.files, size, None)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8))
+    pixels = torch.from_numpy(prepare(picture, rule))[None]
+    parts = loaded.family.vision(loaded.model, size, (6, 10))
+    normal = (torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255 - torch.tensor(rule.mean)[:, None, None]) / torch.tensor(rule.std)[
+        :, None, None
+    ]
+    close(parts.raster(pixels)[0], normal)
+    with torch.no_grad():
+        assert torch.equal(parts.embed(parts.raster(pixels)), parts.embed(pixels))
+        small = parts.raster(pixels)[:, :, :56, :84]
+        wanted = hugging_face_tokens(loaded, (56, 84), parts_of(loaded, small))
+        tokens = loaded.family.vision(loaded.model, size, (4, 6))
+        got = tokens.embed(small)
+        for layer in range(tokens.layers):
+            got = tokens.feed_forward(layer, tokens.attend(layer, got, eager_core))
+        close(tokens.project(got), wanted)
+
+
+def parts_of(loaded: Loaded, raster: torch.Tensor) -> torch.Tensor:
+    """Patches of a raster by the runtime's own code, which is tested against transformers' processor."""
+    rule = loaded.family.image_rule(loaded.files, (raster.shape[2], raster.shape[3]), None)
+    return torch.from_numpy(_patches(raster[0].numpy(), rule))[None]
 
 
 def test_other_token_counts_are_refused(loaded: Loaded) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from tmc_export.core.errors import ModelError
 from tmc_export.core.registry import Registry
 from tmc_export.families._contract import Family
+from tmc_export.families._form import check_form
 
 __all__ = ["FAMILIES", "family_of", "register_family"]
 
@@ -36,13 +37,14 @@ def family_of(config: dict[str, object]) -> type[Family]:
     """Return the family that serves a `config.json`.
 
     Raises:
-        ModelError: no family names its architecture or model type.
+        ModelError: no family names its architecture or model type, or a number in it is none.
     """
     names = config.get("architectures") or []
     wanted = {str(n) for n in names} if isinstance(names, list) else set()
     for name in FAMILIES:
         family = FAMILIES.get(name)
         if wanted & set(family.architectures) or (not wanted and config.get("model_type") in family.model_types):
+            check_form(config, name)
             return family
     served = sorted(a for name in FAMILIES for a in FAMILIES.get(name).architectures)
     raise ModelError(

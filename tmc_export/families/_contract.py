@@ -62,8 +62,12 @@ class VisionParts(Protocol):
 
     layers: int
 
+    def raster(self, pixels: Tensor) -> Tensor:
+        """The processor's `[b, 3, H, W]` or `[b, patches, values]` → `[b, 3, H, W]`, for stages at `input`."""
+        ...
+
     def embed(self, pixels: Tensor) -> Tensor:
-        """`[b, 3, H, W]` (or `[b, patches, values]`) → tokens `[b, n, c]` before the first layer, class tokens first."""
+        """What the processor or `raster` (then a stage) gives → tokens `[b, n, c]` before the first layer, class tokens first."""
         ...
 
     def attend(self, layer: int, tokens: Tensor, core: AttentionCore) -> Tensor:

@@ -123,24 +123,29 @@ class QwenVision:
 
     Args:
         model: `Qwen2VLForConditionalGeneration` or `Qwen2_5_VLForConditionalGeneration`.
-        grid: patch rows and columns.
+        size: height and width of the processor's picture.
+        grid: patch rows and columns inside the encoder; fewer than the picture's after an `input` stage.
         windows: of the layers that do not see everything, or None.
         full: layers that see everything.
     """
 
-    def __init__(self, model: nn.Module, grid: tuple[int, int], windows: Windows | None, full: frozenset[int]) -> None:
+    def __init__(
+        self, model: nn.Module, size: tuple[int, int], grid: tuple[int, int], windows: Windows | None, full: frozenset[int]
+    ) -> None:
         whole: Any = model
         self.tower: Any = whole.model.visual
         config = self.tower.config
         self.layers: int = len(self.tower.blocks)
         self.patches = grid[0] * grid[1]
-        self._unit = int(config.spatial_merge_size) ** 2
+        self._size, self._grid = size, grid
+        self._patch, self._frames, self._merge = int(config.patch_size), int(config.temporal_patch_size), int(config.spatial_merge_size)
+        self._unit = self._merge**2
         self._full = full
         self._windows = windows
         theta = float((getattr(config, "rope_parameters", None) or {}).get("rope_theta", 10000.0))
         attention = self.tower.blocks[0].attn
         self._heads, self._channels = int(attention.num_heads), int(attention.qkv.in_features) // int(attention.num_heads)
-        cosine, sine = axial_rotary(grid, int(config.spatial_merge_size), self._channels, theta)
+        cosine, sine = axial_rotary(grid, self._merge, self._channels, theta)
         if windows is not None:
             cosine, sine = (self._units(t[None], windows.order)[0] for t in (cosine, sine))
         self._cosine, self._sine = cosine, sine
@@ -150,10 +155,26 @@ class QwenVision:
         batch, count, width = tokens.shape
         return tokens.reshape(batch, count // self._unit, self._unit, width)[:, index].reshape(batch, count, width)
 
+    def raster(self, pixels: Tensor) -> Tensor:
+        """Put patches together again: `[b, n, 3·frames·patch²]` → `[b, 3, H, W]`, the first of the equal frames."""
+        (height, width), side = self._size, self._patch * self._merge
+        blocks = (pixels.shape[0], height // side, width // side, self._merge, self._merge, 3, self._frames, self._patch, self._patch)
+        rows = pixels.reshape(blocks)[:, :, :, :, :, :, 0].permute(0, 5, 1, 3, 6, 2, 4, 7)
+        return rows.reshape(pixels.shape[0], 3, height, width)
+
+    def _cut(self, raster: Tensor) -> Tensor:
+        """Cut a raster as the processor does: `[b, 3, H, W]` → `[b, n, values]`."""
+        batch, (rows, columns) = raster.shape[0], self._grid
+        blocks = (batch, 3, rows // self._merge, self._merge, self._patch, columns // self._merge, self._merge, self._patch)
+        patches = raster.reshape(blocks).permute(0, 2, 5, 3, 6, 1, 4, 7)[:, :, :, :, :, :, None]
+        return patches.expand(-1, -1, -1, -1, -1, -1, self._frames, -1, -1).reshape(batch, self.patches, -1)
+
     def embed(self, pixels: Tensor) -> Tensor:
-        """`[b, n, values]` → `[b, n, c]`; the convolution's kernel is the patch, so it is one matrix product."""
+        """`[b, n, values]` or a raster → `[b, n, c]`; the convolution's kernel is the patch, so it is one matrix product."""
         import torch
 
+        if pixels.dim() == 4:
+            pixels = self._cut(pixels)
         if pixels.dim() != 3 or pixels.shape[1] != self.patches:
             raise ExportError(f"the encoder was made for {self.patches} patches, it was given an input of shape {list(pixels.shape)}")
         weight = self.tower.patch_embed.proj.weight

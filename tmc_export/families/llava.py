@@ -125,6 +125,10 @@ class _LlavaVision(ClipLikeEncoder):
         self.interpolate = grid != (side, side)
         self.projector = model.model.multi_modal_projector
 
+    def raster(self, pixels: Tensor) -> Tensor:
+        """The processor gives a raster."""
+        return pixels
+
     def embed(self, pixels: Tensor) -> Tensor:
         """`[b, 3, H, W]` → `[b, n, c]`, class token first where the tower has one."""
         tokens: Tensor = self.tower.embeddings(pixels, interpolate_pos_encoding=self.interpolate)

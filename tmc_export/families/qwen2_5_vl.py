@@ -89,7 +89,7 @@ class Qwen2_5VL(Family):
         config = whole.config.vision_config
         merge = int(config.spatial_merge_size)
         windows = make_windows(grid, merge, int(config.window_size) // merge // int(config.patch_size))
-        return QwenVision(model, grid, windows, frozenset(config.fullatt_block_indexes))
+        return QwenVision(model, size, grid, windows, frozenset(config.fullatt_block_indexes))
 
     @staticmethod
     def decoder(model: nn.Module) -> DecoderParts:

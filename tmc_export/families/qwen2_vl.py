@@ -85,7 +85,7 @@ class Qwen2VL(Family):
     @staticmethod
     def vision(model: nn.Module, size: tuple[int, int], grid: tuple[int, int]) -> VisionParts:
         """The encoder, every layer of which sees the whole picture."""
-        return QwenVision(model, grid, None, frozenset())
+        return QwenVision(model, size, grid, None, frozenset())
 
     @staticmethod
     def decoder(model: nn.Module) -> DecoderParts:

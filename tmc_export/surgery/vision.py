@@ -162,7 +162,10 @@ class Vision(nn.Module):
     def _inputs(self, pixels: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor | None]]]:
         """Run `input` stages on the raster of pixels `[b, 3, H, W]`."""
         reports: list[tuple[Tensor, Tensor | None]] = []
-        for stage in self._at("input", None):
+        stages = self._at("input", None)
+        if stages:
+            pixels = self._parts.raster(pixels)
+        for stage in stages:
             batch = pixels.shape[0]
             raster = pixels.flatten(2).transpose(1, 2)
             count = raster.shape[1]
