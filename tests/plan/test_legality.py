@@ -13,7 +13,6 @@ from tests.plan.conftest import TINY, Writer
 from tmc_export.core.errors import LegalityError, RecipeError, TmcError
 from tmc_export.engine.options import RTX_CAPABILITIES as ENGINE_CAPABILITIES
 from tmc_export.families._contract import ModelFiles
-from tmc_export.families.llava import Llava
 from tmc_export.graphs import METHODS
 from tmc_export.graphs._contract import (
     Attention,
@@ -29,7 +28,7 @@ from tmc_export.graphs._contract import (
     Stage,
     TextEmbeds,
 )
-from tmc_export.plan.legality import RTX_CAPABILITIES, check_plan
+from tmc_export.plan.legality import RTX_CAPABILITIES
 from tmc_export.plan.make import make_plan
 from tmc_export.plan.resolve import resolve
 from tmc_export.plan.source import read_model_files
@@ -111,13 +110,6 @@ WRONG: list[tuple[str, tuple[str, ...], dict[str, Any], str, tuple[str, ...]]] =
         ("has no effect with runtime: onnxruntime", "remove it"),
     ),
     ("batch", (), {"inputs": "text_tokens: 8, new_tokens: 8, batch: 2"}, "4:48", ("one conversation at a time", "batch: 1")),
-    (
-        "recomputed turns",
-        (),
-        {"inputs": "text_tokens: 8, new_tokens: 8, turns: recompute"},
-        "4:48",
-        ("not built yet", "write turns: freeze"),
-    ),
     (
         "a projector method without pictures",
         ("at: projector, method: pool",),
@@ -311,28 +303,6 @@ def test_kv_of_parts_of_blocks(probe: pytest.MonkeyPatch, kv: dict[int, int], sa
 def test_whole_blocks_may_be_pruned(probe: pytest.MonkeyPatch, write: Writer, files: ModelFiles) -> None:
     probe.setattr(Probe, "kv", {0: 10, 1: 10})
     make_plan(write("at: decoder.2, method: probe"), files)
-
-
-def test_positions_by_rows_and_columns_need_a_raster(write: Writer, files: ModelFiles) -> None:
-    class Rows(Llava):
-        """A LLaVA that counts rows and columns."""
-
-        name = "rows"
-
-        @staticmethod
-        def position_rule(files: ModelFiles) -> Any:
-            return "mrope"
-
-    recipe = write("at: projector, method: random, keep: 50%")
-    plan = resolve(recipe, files)
-    check_plan(recipe, plan, Llava, files)
-    with pytest.raises(
-        LegalityError,
-        match=r":8:10: method 'random' at projector leaves 288 visual tokens without a raster.*keeps the raster, such as pool",
-    ):
-        check_plan(recipe, plan, Rows, files)
-    pooled = write("at: projector, method: pool")
-    check_plan(pooled, resolve(pooled, files), Rows, files)
 
 
 # ------------------------------------------------------------------------------------------------------- device files

@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,14 @@ from tmc_export.bundle.read import check_files, open_manifest
 from tmc_export.bundle.write import atomic_folder, hash_file, seal
 from tmc_export.core.errors import BundleError, ModelError
 from tmc_export.core.lazy import require
-from tmc_export.plan.resolve import resolve
+from tmc_export.plan.describe import plan_json, report_json
+from tmc_export.plan.make import report_plan
 from tmc_export.plan.source import fetch, read_model_files
 from tmc_export.plan.types import Plan
 from tmc_export.recipe import load_device, load_recipe
 from tmc_export.recipe.recipe import Recipe
 
-__all__ = ["BuildResult", "build_bundle", "plan_json"]
+__all__ = ["BuildResult", "build_bundle"]
 
 SIDECARS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
@@ -75,9 +75,10 @@ def build_bundle(
     target = Path(out)
     folder = fetch(loaded, weights=True)
     files = read_model_files(folder)
-    plan = resolve(loaded, files)
-    checkpoint = _fingerprint(folder)
     device = load_device(loaded.target.device, loaded.folder)
+    report = report_plan(loaded, files, device)
+    plan = report.plan
+    checkpoint = _fingerprint(folder)
     want_engines = loaded.target.runtime == "tensorrt-rtx" if engines is None else engines
     key = _key(loaded, plan, checkpoint, [record, want_engines])
     if not force and (found := _cached(target, key)) is not None:
@@ -92,6 +93,8 @@ def build_bundle(
         exported = export_subgraphs(plan, files, folder, config, work, loaded.inputs.fit, lambda name: progress(f"export {name}"))
         (work / "engines" / "profiles.json").write_text(json.dumps({"subgraphs": exported.profiles}, indent=1) + "\n", "utf-8")
         _copy_sidecars(folder, work / "model")
+        (work / "report").mkdir()
+        (work / "report" / "plan.json").write_text(json.dumps(report_json(report), indent=1) + "\n", "utf-8")
         manifest = Manifest(
             name=loaded.name,
             key=key,
@@ -105,18 +108,6 @@ def build_bundle(
         progress("hash files")
         sealed = seal(work, manifest)
     return BuildResult(target, sealed, cached=False)
-
-
-def plan_json(plan: Plan) -> dict[str, Any]:
-    """Return a plan as JSON data; configurations and budgets are written as in a recipe."""
-
-    def plain(value: object) -> object:
-        if hasattr(value, "model_dump"):
-            return value.model_dump(mode="json")
-        return str(value)
-
-    result: dict[str, Any] = json.loads(json.dumps(asdict(plan), default=plain))
-    return result
 
 
 def _config(folder: Path) -> Any:

@@ -30,6 +30,7 @@ def command(
     import time
 
     from tmc_export.api.bundling import build_bundle
+    from tmc_export.plan.make import device_settings
 
     began = time.perf_counter()
 
@@ -37,7 +38,7 @@ def command(
         if not quiet:
             click.echo(f"{time.perf_counter() - began:7.1f} s  {line}", err=True)
 
-    settings = [*overrides, *([f"target.device={device}"] if device else [])]
+    settings = [*overrides, *(device_settings(device) if device else ())]
     result = build_bundle(recipe, output, overrides=settings, force=force, progress=say, record=record, engines=engines)
     size = sum(entry.size for entry in result.manifest.files.values())
     state = "up to date" if result.cached else f"built in {time.perf_counter() - began:.1f} s"

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from tmc_export.core.errors import LegalityError
-from tmc_export.families._contract import Family, ModelFiles
 from tmc_export.graphs._contract import Attention, Features, Keys, Need, TextEmbeds
 from tmc_export.plan._weights import LINEARS
 from tmc_export.plan.memory import Room, build_memory, built_on_device, gib, run_memory, tight_helps
@@ -44,11 +43,6 @@ def check_target(recipe: Recipe, device: Device) -> None:
             f"{recipe.origin(('inputs', 'batch'))}: inputs.batch: {recipe.inputs.batch} is not built yet: the runtime runs one "
             "conversation at a time; "
             "remove it, or write batch: 1"
-        )
-    if recipe.inputs.turns == "recompute":
-        raise LegalityError(
-            f"{recipe.origin(('inputs', 'turns'))}: turns: recompute is not built yet: the runtime keeps what each turn selected; write "
-            "turns: freeze"
         )
     if recipe.inputs.images == 0:
         for part in ("encoder", "projector"):
@@ -146,7 +140,7 @@ def _check_precisions(recipe: Recipe, device: Device) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ plan and model
-def check_plan(recipe: Recipe, plan: Plan, family: type[Family], files: ModelFiles) -> None:
+def check_plan(recipe: Recipe, plan: Plan) -> None:
     """Refuse what the subgraphs and the runtime cannot do with the resolved stages.
 
     Raises:
@@ -155,14 +149,6 @@ def check_plan(recipe: Recipe, plan: Plan, family: type[Family], files: ModelFil
     for vision in plan.vision:
         for stage in vision.stages:
             _check_vision_needs(recipe, stage, vision.facts.encoder.class_tokens, vision.facts.encoder.merge)
-        if vision.out_grid is None and family.position_rule(files) == "mrope":
-            culprit = vision.stages[-1]
-            raise LegalityError(
-                f"{_at(recipe, culprit)}: method '{culprit.method}' at {culprit.stage.at} leaves {vision.tokens} visual tokens without a "
-                "raster, and the "
-                f"positions of the family '{family.name}' count rows and columns; choose a method that keeps the raster, such as pool, "
-                "or a decoder site"
-            )
     for cut in plan.cuts:
         for stage in cut.stages:
             _check_cut_needs(recipe, stage)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tmc_export.core.errors import TmcError
-from tmc_export.families import family_of
 from tmc_export.families._contract import ModelFiles
 from tmc_export.graphs._contract import Site
 from tmc_export.plan.estimate import Amdahl, Clock, Estimate, clock_of, estimate, shares_of
@@ -87,14 +86,14 @@ def make_plan(recipe: Recipe, files: ModelFiles, device: Device | None = None) -
     target = device or load_device(recipe.target.device, recipe.folder)
     check_target(recipe, target)
     plan = resolve(recipe, files)
-    check_plan(recipe, plan, family_of(dict(files.config)), files)
+    check_plan(recipe, plan)
     room = room_of(target, recipe.target.runtime)
     if room is None:
         return plan, ()
     splits = even_splits(plan, recipe, room, target) if built_on_device(target, recipe.target.runtime) else ()
     if splits:
         plan = resolve(recipe, files, splits)
-        check_plan(recipe, plan, family_of(dict(files.config)), files)
+        check_plan(recipe, plan)
     check_run_memory(plan, recipe, room, target)
     return plan, splits
 

@@ -172,6 +172,11 @@ class Session:
             vision = self.program.vision[bucket]
             rows, columns = vision.grid or vision.full_grid
             grids.append((1, rows, columns))
+            if not vision.grid and (sources[picture][-1] < 0).any():
+                raise RuntimeInputError(
+                    f"the method '{vision.stages[-1]}' makes tokens that come from no place of the picture, and this model's positions "
+                    "count rows and columns; build with a method that keeps the raster, such as pool, or at a decoder site"
+                )
             places.append(np.arange(rows * columns) if vision.grid else sources[picture][-1])
         ends: list[int] = [0, *(np.flatnonzero(np.diff(group)) + 1), count]  # borders of the runs of one picture or of text
         kept: list[Array] = []
