@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path, PurePosixPath
 
 from pydantic import ValidationError
 
 from tmc_export.bundle.manifest import MANIFEST, SCHEMA, Manifest
 from tmc_export.bundle.write import hash_file
-from tmc_export.core.errors import BundleError
+from tmc_export.core.errors import BundleError, NotABundleError
 
 __all__ = ["check_files", "open_manifest", "path_in"]
 
@@ -17,19 +18,27 @@ def open_manifest(folder: Path) -> Manifest:
     """Read `manifest.json`.
 
     Raises:
-        BundleError: there is none, it is damaged, or a newer version wrote it.
+        NotABundleError: there is none.
+        BundleError: it is damaged, or a newer version wrote it.
     """
     path = folder / MANIFEST
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise NotABundleError(f"the bundle {folder} {what}; give the folder that tmc-export build wrote")
     if not path.is_file():
-        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}; make one with: tmc-export build RECIPE -o {folder}")
+        raise NotABundleError(f"{folder} is not a bundle: it has no {MANIFEST}; make one with: tmc-export build RECIPE -o {folder}")
     try:
-        manifest = Manifest.model_validate_json(path.read_text("utf-8"))
-    except (ValidationError, ValueError) as error:
-        first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        raise BundleError(f"{path} cannot be read: {first}; it is damaged or of another version: build the bundle again") from error
-    if manifest.bundle > SCHEMA:
-        raise BundleError(f"{path} has schema {manifest.bundle}, this tmc-export reads up to {SCHEMA}; upgrade tmc-export")
-    return manifest
+        data = json.loads(path.read_text("utf-8"))
+        version = data.get("bundle") if isinstance(data, dict) else None
+        if isinstance(version, int) and version > SCHEMA:  # before its form is looked at, which only its own version knows
+            raise BundleError(f"{path} has schema {version}, this tmc-export reads up to {SCHEMA}; upgrade tmc-export")
+        return Manifest.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise BundleError(f"{path} cannot be read: {what}; it is damaged or of another version: build the bundle again") from error
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path} is not JSON ({error}); it is damaged: build the bundle again") from error
 
 
 def path_in(folder: Path, name: str) -> Path:

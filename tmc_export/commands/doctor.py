@@ -23,8 +23,11 @@ def command(bundle: Path | None, as_json: bool) -> None:
     import json
     from dataclasses import asdict
 
+    from tmc_export.bundle.read import open_manifest
     from tmc_export.engine.doctor import examine_engines, examine_machine
 
+    if bundle is not None:
+        open_manifest(bundle)
     findings, builders, device = examine_machine(folder=bundle or Path("."))
     if bundle is not None:
         findings += examine_engines(bundle, builders, device)

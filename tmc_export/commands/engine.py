@@ -46,9 +46,11 @@ def command(
     """
     import json
 
+    from tmc_export.bundle.read import open_manifest
     from tmc_export.engine import EngineOptions, build_engines
     from tmc_export.engine.bundle import default_capabilities
 
+    open_manifest(bundle)
     options = EngineOptions(
         flavour=runtime,
         capabilities=capabilities or (default_capabilities(bundle) if runtime == "tensorrt-rtx" else ()),

@@ -11,6 +11,7 @@ __all__ = [
     "LegalityError",
     "MissingExtraError",
     "ModelError",
+    "NotABundleError",
     "ParityError",
     "RecipeError",
     "ResourceError",
@@ -65,6 +66,12 @@ class BundleError(TmcError):
     """A bundle whose files are missing, changed or of another version."""
 
     exit_code = 4
+
+
+class NotABundleError(BundleError):
+    """A folder that is given as a bundle, or to write one to, and is something else; nothing is wrong with any bundle."""
+
+    exit_code = 2
 
 
 class ResourceError(TmcError):

@@ -20,7 +20,7 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from tmc_export.core.errors import ExportError
+from tmc_export.core.errors import ExportError, TmcError
 from tmc_export.export.checkpoint import Checkpoint
 from tmc_export.export.tensors import CheckpointTensor
 
@@ -110,8 +110,8 @@ def capture(
                 input_names=list(input_names),
                 output_names=list(output_names),
             )
-    except Exception as error:
-        if isinstance(error, ExportError):
+    except Exception as error:  # the tracer and the exporter raise classes of many kinds; every one means that the module does not trace
+        if isinstance(error, (TmcError, OSError, MemoryError)):
             raise
         raise ExportError(
             f"{type(module).__name__} could not be traced: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

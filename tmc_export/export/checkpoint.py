@@ -61,11 +61,7 @@ class Checkpoint:
         parts = [_read_raw(path, key) for path, key in source.parts]
         tensor = parts[0] if source.converter is None else _convert(source, parts, name)
         if tuple(tensor.shape) != self.shapes[name]:
-            raise ModelError(
-                f"{source.parts[0][0]}: tensor '{source.parts[0][1]}' has shape {list(tensor.shape)}, "
-                f"the model expects {list(self.shapes[name])}; "
-                "config.json and weights do not belong together"
-            )
+            raise _other_shape(*source.parts[0], tuple(tensor.shape), self.shapes[name])
         if dtype == torch.float16 and tensor.dtype != torch.float16:
             peak = float(tensor.abs().max()) if tensor.numel() else 0.0
             if not peak <= torch.finfo(torch.float16).max:
@@ -101,8 +97,8 @@ def _files(folder: Path) -> dict[str, Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            listed: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
+            listed = {str(key): str(name) for key, name in json.loads(index.read_text("utf-8"))["weight_map"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{index} is not a shard index: {error}; fetch the model again") from error
         missing = sorted({name for name in listed.values() if not (folder / Path(name).name).is_file()})
         if missing:
@@ -115,15 +111,16 @@ def _files(folder: Path) -> dict[str, Path]:
         other = sorted(p.name for p in folder.glob("*.bin")) or sorted(p.name for p in folder.glob("*.pt*"))
         hint = f"; it has {other[0]}, a pickle file, which is never loaded: convert it to safetensors" if other else ""
         raise ModelError(f"{folder} holds no model.safetensors{hint}")
-    return dict.fromkeys(_keys(single), single)
+    return dict.fromkeys(_shapes(single), single)
 
 
-def _keys(path: Path) -> list[str]:
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Key → shape, from a file's header alone."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            return list(file.keys())
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
     except (SafetensorError, OSError) as error:
         raise ModelError(f"cannot open {path}: {error}; the file is damaged or incomplete: fetch it again") from error
 
@@ -160,13 +157,40 @@ def open_checkpoint(folder: Path, model: nn.Module) -> Checkpoint:
             sources[name] = sources[twin]
         elif twin not in sources and name in sources:
             sources[twin] = sources[name]
+    shapes = {name: tuple(t.shape) for name, t in state.items()}
     lost = sorted(set(state) - set(sources))
     if lost:
         raise ModelError(
             f"{folder} lacks {len(lost)} tensors that {type(model).__name__} needs, the first is '{lost[0]}'; "
             "the weights are incomplete or of another model"
         )
-    return Checkpoint(folder, sources, {name: tuple(t.shape) for name, t in state.items()})
+    _check_headers(sources, shapes)
+    return Checkpoint(folder, sources, shapes)
+
+
+def _check_headers(sources: Mapping[str, _Source], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare what the files' headers say with what the model expects, before hours are spent; joined tensors are checked when read.
+
+    Raises:
+        ModelError: a file cannot be opened, lacks a tensor that the index puts there, or holds it in another shape.
+    """
+    by_file: dict[Path, list[tuple[str, str | None]]] = {}
+    for name, source in sources.items():
+        for path, key in source.parts:
+            by_file.setdefault(path, []).append((key, name if source.converter is None else None))
+    for path, wanted in by_file.items():
+        held = _shapes(path)
+        for key, whole in wanted:
+            if key not in held:
+                raise ModelError(f"{path} lacks the tensor '{key}' that the index puts there; fetch the model again")
+            if whole is not None and held[key] != shapes[whole]:
+                raise _other_shape(path, key, held[key], shapes[whole])
+
+
+def _other_shape(path: Path, key: str, held: tuple[int, ...], expected: tuple[int, ...]) -> ModelError:
+    return ModelError(
+        f"{path}: tensor '{key}' has shape {list(held)}, the model expects {list(expected)}; config.json and weights do not belong together"
+    )
 
 
 def _ties(model: Any) -> dict[str, str]:
