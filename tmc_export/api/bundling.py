@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,13 +14,13 @@ from typing import Any
 from tmc_export.api.engines import prove
 from tmc_export.bundle.manifest import MANIFEST, Manifest
 from tmc_export.bundle.read import check_files, open_manifest
-from tmc_export.bundle.write import atomic_folder, hash_file, seal
+from tmc_export.api.parity import check_recorded, record_reference
+from tmc_export.bundle.write import write_manifest, atomic_folder, check_replaceable, hash_file, seal
 from tmc_export.core.errors import BundleError, ModelError
 from tmc_export.core.lazy import require
 from tmc_export.plan.describe import plan_json, report_json
 from tmc_export.plan.make import report_plan
 from tmc_export.plan.source import fetch, read_model_files
-from tmc_export.plan.types import Plan
 from tmc_export.recipe import load_device, load_recipe
 from tmc_export.recipe.recipe import Recipe
 
@@ -73,6 +74,7 @@ def build_bundle(
     """
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     target = Path(out)
+    check_replaceable(target)
     folder = fetch(loaded, weights=True)
     files = read_model_files(folder)
     device = load_device(loaded.target.device, loaded.folder)
@@ -80,9 +82,10 @@ def build_bundle(
     plan = report.plan
     checkpoint = _fingerprint(folder)
     want_engines = loaded.target.runtime == "tensorrt-rtx" if engines is None else engines
-    key = _key(loaded, plan, checkpoint, [record, want_engines])
+    key = _key([loaded.canonical_json(), plan_json(plan), device.model_dump(mode="json"), checkpoint, record, want_engines])
     if not force and (found := _cached(target, key)) is not None:
         return BuildResult(target, found, cached=True)
+    _check_text_files(folder)
     require("torch", extra="export", purpose="build a bundle")
     from tmc_export.api.subgraphs import export_subgraphs
     from tmc_export.export.task import check_task
@@ -105,17 +108,35 @@ def build_bundle(
             program=exported.program,
             proofs=prove(work, device, loaded, want_engines, progress),
         )
+        reason = "--no-record" if not record else record_reference(folder, plan, files, work, loaded.inputs.fit, progress)
         progress("hash files")
         sealed = seal(work, manifest)
+        parity = check_recorded(work, progress) if reason is None else {"onnxruntime end to end": f"not run: {reason}"}
+        sealed = write_manifest(work, sealed.model_copy(update={"proofs": {**parity, **sealed.proofs}}))
     return BuildResult(target, sealed, cached=False)
+
+
+def _check_text_files(folder: Path) -> None:
+    """Make sure that the runtime will be able to read the model's tokenizer and chat template.
+
+    Raises:
+        ModelError: a file is missing or damaged.
+    """
+    from tmc_export.runtime._chat import ChatTemplate
+    from tmc_export.runtime._tokenizer import Tokenizer
+
+    try:
+        ChatTemplate.from_folder(folder, Tokenizer(folder).special_tokens)
+    except BundleError as error:
+        raise ModelError(str(error).replace("build the bundle again", "fetch the model again")) from error
 
 
 def _config(folder: Path) -> Any:
     transformers = require("transformers", extra="export", purpose="build a bundle")
     try:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
-        raise ModelError(f"{folder}: transformers cannot read config.json: {str(error).splitlines()[0]}") from error
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{folder}: transformers cannot read config.json: {' '.join(str(error).split())}") from error
 
 
 def _fingerprint(folder: Path) -> dict[str, tuple[int, int]]:
@@ -124,16 +145,17 @@ def _fingerprint(folder: Path) -> dict[str, tuple[int, int]]:
     return {p.name: (p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(names)}
 
 
-def _key(recipe: Recipe, plan: Plan, checkpoint: dict[str, tuple[int, int]], choices: list[bool]) -> str:
-    text = json.dumps([recipe.canonical_json(), plan_json(plan), checkpoint, _versions(), _source_digest(), choices], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+def _key(inputs: list[Any]) -> str:
+    """Hash what a bundle is made from and with."""
+    return hashlib.sha256(json.dumps([*inputs, _versions(), _source_digest()], sort_keys=True).encode()).hexdigest()
 
 
 def _source_digest() -> str:
-    """Hash of tmc-export's own build-side code: a bundle of other code is not the same bundle."""
+    """Hash of tmc-export's own code: a bundle of other code is not the same bundle. In a checkout the methods lie behind a link."""
     root = Path(__file__).resolve().parent.parent
+    files = [Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names if name.endswith(".py")]
     digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(files):
         digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tmc_export.engine._memory import available_bytes
 from tmc_export.engine.build import Builder, Progress, build_engine, probe
 from tmc_export.engine.bundle import EngineRecord, build_engines, engine_file, read_engines
 from tmc_export.engine.on_device import DeviceTarget, write_on_device_script
@@ -18,6 +19,7 @@ __all__ = [
     "Profile",
     "Progress",
     "Subgraph",
+    "available_bytes",
     "build_engine",
     "build_engines",
     "engine_file",

@@ -1,0 +1,65 @@
+"""Parity of a bundle that is being built: the reference's answers are recorded into it, and the runtime must give them too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from tmc_export.families._contract import ModelFiles
+from tmc_export.plan.types import Plan
+
+__all__ = ["check_recorded", "record_reference"]
+
+_WIDEN = {"float32": 1.0, "float16": 2.0, "bfloat16": 2.0}
+_HEADROOM = 1.4
+"""The reference holds the weights in float32, and activations and KV beside them."""
+
+
+def record_reference(
+    folder: Path, plan: Plan, files: ModelFiles, bundle: Path, fit: str | None, progress: Callable[[str], None]
+) -> str | None:
+    """Let the PyTorch reference answer made-up conversations and keep its outputs in `<bundle>/parity/`.
+
+    Args:
+        folder: the checkpoint.
+        plan: the bundle's plan.
+        files: the checkpoint's JSON files.
+        bundle: the folder that is being made.
+        fit: the recipe's picture rule.
+        progress: one line per step.
+
+    Returns:
+        Why it did not run, or None.
+    """
+    from tmc_export.engine import available_bytes
+    from tmc_export.verify.record import record
+
+    stored = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+    needed, free = int(stored * _WIDEN[plan.dtype] * _HEADROOM), available_bytes()
+    if free is not None and needed > free:
+        reason = f"the reference needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+        progress(f"the reference was not recorded: {reason}")
+        return reason
+    progress("record the reference's answers")
+    record(folder, plan, files, bundle, fit)
+    return None
+
+
+def check_recorded(bundle: Path, progress: Callable[[str], None]) -> dict[str, str]:
+    """Play the recorded conversations through the runtime.
+
+    Args:
+        bundle: a sealed bundle with `parity/`.
+        progress: one line per step.
+
+    Returns:
+        Rung → outcome, for the manifest.
+
+    Raises:
+        ParityError: an answer differs; names the first bad place.
+    """
+    from tmc_export.verify.ladder import recorded_ladder
+
+    ladder = recorded_ladder(bundle, lambda rung: progress(f"verify: {rung}"))
+    ladder.raise_if_failed()
+    return ladder.proofs()
