@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from tmc_export.api.engines import prove
+from tmc_export.api.parity import check_recorded, record_reference
 from tmc_export.bundle.manifest import MANIFEST, Manifest
 from tmc_export.bundle.read import check_files, open_manifest
-from tmc_export.api.parity import check_recorded, record_reference
-from tmc_export.bundle.write import write_manifest, atomic_folder, check_replaceable, hash_file, seal
+from tmc_export.bundle.write import atomic_folder, check_replaceable, hash_file, seal, write_manifest
 from tmc_export.core.errors import BundleError, ModelError
 from tmc_export.core.lazy import require
 from tmc_export.plan.describe import plan_json, report_json

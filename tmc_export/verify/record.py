@@ -92,7 +92,9 @@ class _Writer:
         return (*self.noise(head), *middle, *self.noise(max(1, room - head - max(pictures - 1, 0))))
 
 
-def made_up_scripts(folder: Path, plan: Plan, files: ModelFiles, fit: str | None = None, pictures: Sequence[ImageLike] = ()) -> list[Script]:
+def made_up_scripts(
+    folder: Path, plan: Plan, files: ModelFiles, fit: str | None = None, pictures: Sequence[ImageLike] = ()
+) -> list[Script]:
     """Write conversations that fit a plan: short and long prompts, several pictures, later turns, no picture.
 
     Args:

@@ -1,0 +1,143 @@
+"""The reference against its surroundings: Hugging Face's `generate`, what was recorded, and half precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tmc_export.plan.types import Plan, VisionPlan
+from tmc_export.runtime._chat import expand_image_tokens
+from tmc_export.verify.compare import Check, compare_indices, compare_logits, compare_tensor
+from tmc_export.verify.half import RangeRecorder
+from tmc_export.verify.recorded import Case
+from tmc_export.verify.reference import Reference, ReferenceTurn
+from tmc_export.verify.tolerances import FLOAT16_MAX, Tolerance, margin_bound, tolerance
+
+__all__ = ["compare_half", "compare_with_generate", "compare_with_recorded", "uncompressed"]
+
+
+def uncompressed(plan: Plan) -> Plan:
+    """Return the plan of the same model and inputs without any stage."""
+
+    def whole(vision: VisionPlan) -> VisionPlan:
+        encoder = vision.facts.encoder
+        grid = (vision.size[0] // encoder.patch, vision.size[1] // encoder.patch)
+        out = (grid[0] // encoder.merge, grid[1] // encoder.merge)
+        facts = replace(vision.facts, encoder=replace(encoder, grid=grid), visual_grid=out)
+        return replace(vision, grid=grid, facts=facts, stages=(), tokens=facts.visual_tokens, out_grid=out)
+
+    return replace(plan, vision=tuple(whole(v) for v in plan.vision), cuts=())
+
+
+def compare_with_generate(model: Path, plan: Plan, cases: Sequence[Case], table: Tolerance) -> Iterator[Check]:
+    """Compare the reference without stages with `generate()`: greedy tokens, and logits at every step, of every first turn.
+
+    Args:
+        model: the checkpoint.
+        plan: its stages are left out.
+        cases: their inputs are used, not their answers.
+        table: tolerance.
+    """
+    reference = Reference(model, uncompressed(plan))
+    for case in cases:
+        turn = case.turns[0]
+        steps = len(turn.expected.tokens)
+        ids, group = expand_image_tokens(turn.ids, plan.facts.image_token, [reference.visual_tokens(p) for p in turn.pixels])
+        tokens, logits = _generate(reference.model.whole, turn.pixels, ids, steps)
+        reference.reset()
+        found = reference.turn(turn.pixels, ids, group.astype(np.int64), forced=tokens)
+        yield compare_logits(f"{case.name}/logits", found.logits, logits, table)
+
+
+def _generate(whole: Any, pixels: Sequence[Any], ids: Any, steps: int) -> tuple[list[int], Any]:
+    """Greedy `generate()` past end tokens, so that every step can be compared: tokens and `[steps, vocabulary]`."""
+    given = torch.from_numpy(ids)[None]
+    pictures = {"pixel_values": torch.from_numpy(np.stack(pixels))} if pixels else {}
+    out = whole.generate(
+        input_ids=given,
+        attention_mask=torch.ones_like(given),
+        max_new_tokens=steps,
+        min_new_tokens=steps,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **pictures,
+    )
+    return [int(t) for t in out.sequences[0, given.shape[1] :]], torch.cat(out.logits).float().numpy()
+
+
+def compare_with_recorded(model: Path, plan: Plan, cases: Sequence[Case], table: Tolerance) -> Iterator[Check]:
+    """Answer the recorded conversations again, along the recorded answers, and compare visual tokens, kept indices and logits.
+
+    Args:
+        model: the checkpoint.
+        plan: the bundle's plan.
+        cases: what the bundle recorded.
+        table: tolerance.
+    """
+    reference = Reference(model, plan)
+    for case in cases:
+        reference.reset()
+        for number, turn in enumerate(case.turns, start=1):
+            ids, group = expand_image_tokens(turn.ids, plan.facts.image_token, [reference.visual_tokens(p) for p in turn.pixels])
+            found = reference.turn(turn.pixels, ids, group.astype(np.int64), forced=turn.expected.tokens)
+            checks = list(_same_turn(f"{case.name}/turn {number}", found, turn.expected, table))
+            yield from checks
+            if any(c.exceptions for c in checks):
+                break
+
+
+def _same_turn(name: str, got: ReferenceTurn, want: ReferenceTurn, table: Tolerance) -> Iterator[Check]:
+    if len(got.stages) != len(want.stages):
+        yield Check(name, None, False, f"{len(got.stages)} stages ran, {len(want.stages)} were recorded")
+        return
+    ties = False
+    for mine, theirs in zip(got.stages, want.stages, strict=True):
+        tied = theirs.tied(margin_bound("float32"))
+        check = compare_indices(f"{name}/{theirs.method} at {theirs.at}", mine.kept, theirs.kept, tied=tied, margin=theirs.margin)
+        ties = ties or bool(check.exceptions)
+        yield check
+    if ties:
+        return
+    for picture, tokens in enumerate(want.vision):
+        yield compare_tensor(f"{name}/picture {picture + 1}/tokens", got.vision[picture], tokens, table)
+    yield compare_logits(f"{name}/logits", got.logits, want.logits, table)
+
+
+def compare_half(model: Path, plan: Plan, case: Case, *, judged: bool) -> tuple[list[Check], str]:
+    """Record the largest magnitude of every operator in float32, and answer the same turn in torch's half precision.
+
+    Args:
+        model: the checkpoint.
+        plan: the bundle's plan.
+        case: its first turn is used.
+        judged: an overflow is a failure; without it (a float32 bundle) it is only said.
+
+    Returns:
+        The checks, and a line for the report.
+    """
+    turn = case.turns[0]
+    reference = Reference(model, plan)
+    ids, group = expand_image_tokens(turn.ids, plan.facts.image_token, [reference.visual_tokens(p) for p in turn.pixels])
+    modules = {name: module for name, module in reference.model.whole.named_modules() if name}
+    with RangeRecorder(modules) as recorder:
+        exact = reference.turn(turn.pixels, ids, group.astype(np.int64), forced=turn.expected.tokens)
+    ranges = recorder.ranges()
+    largest = ranges[0]
+    over, near = [r for r in ranges if r.overflows], [r for r in ranges if r.near]
+    note = f"largest |x| {largest.largest:.4g} ({largest.place}), float16 holds {FLOAT16_MAX:g}"
+    if near and not over:
+        note += f"; warning: {len(near)} operators come above half of that"
+    checks = [Check("overflow", None, not (over and judged), f"{len(over)} operators exceed float16, first {over[0].place}" if over else "")]
+    half = Reference(model, plan, dtype="float16").turn(turn.pixels, ids, group.astype(np.int64), forced=turn.expected.tokens)
+    table = tolerance("end_to_end", "float16")
+    same = [s.kept.tolist() for s in half.stages] == [s.kept.tolist() for s in exact.stages]
+    checks.append(compare_logits(f"{case.name}/logits in torch half", half.logits, exact.logits, table))
+    if not judged and not checks[-1].passed:
+        checks[-1] = replace(checks[-1], passed=True, note=f"this bundle computes in float32; in float16: {checks[-1].note}")
+    return checks, note + ("" if same else "; half precision keeps other tokens")

@@ -1,0 +1,200 @@
+"""Climbing the parity ladder: from Hugging Face, over the reference with the plan, to every subgraph and the whole bundle.
+
+Rungs: Hugging Face eager → eager with the plan → onnxruntime per subgraph → onnxruntime end to end → float16 range → quantized → TensorRT.
+A rung that did not run says so; a missing output fails; the first bad subgraph is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from tmc_export.bundle.manifest import Manifest
+from tmc_export.bundle.read import check_files, open_manifest
+from tmc_export.bundle.write import hash_file
+from tmc_export.core.errors import ModelError, ParityError
+from tmc_export.families._contract import ModelFiles
+from tmc_export.plan.resolve import resolve
+from tmc_export.plan.source import read_model_files
+from tmc_export.plan.types import Plan
+from tmc_export.recipe.recipe import Recipe
+from tmc_export.runtime.session import load
+from tmc_export.verify.play import play
+from tmc_export.verify.recorded import Case, read_cases
+from tmc_export.verify.rungs import Ladder, Rung, not_run, rung_of
+from tmc_export.verify.tolerances import tolerance
+
+__all__ = ["RUNGS", "climb", "recorded_ladder"]
+
+Progress = Callable[[str], None]
+Precision = Literal["float32", "float16", "int4"]
+
+RUNGS = (
+    "files",
+    "Hugging Face eager",
+    "eager with the plan",
+    "onnxruntime per subgraph",
+    "onnxruntime end to end",
+    "float16 range",
+    "quantized",
+    "TensorRT",
+)
+_NO_CHECKPOINT = "needs the checkpoint; give --model"
+_NO_GPU = "engines are executed on the device only: run tmc-export verify there with its backend"
+
+
+def recorded_ladder(bundle: Path, progress: Progress = lambda _: None) -> Ladder:
+    """Verify a bundle by itself: every hash, and the recorded conversations through the runtime. No torch, no checkpoint.
+
+    Raises:
+        BundleError: files are missing, changed or damaged.
+    """
+    progress("files")
+    manifest = open_manifest(bundle)
+    check_files(bundle, manifest)
+    cases = list(read_cases(bundle))
+    files = Rung(RUNGS[0], "passed", f"{len(manifest.files)} files have their sha256")
+    precision = _precision_of_manifest(manifest)
+    progress(RUNGS[4])
+    end, quantized = _end_to_end(bundle, cases, precision)
+    middle = [not_run(name, _NO_CHECKPOINT) for name in (RUNGS[1], RUNGS[2], RUNGS[3])]
+    return Ladder((files, *middle, end, not_run(RUNGS[5], _NO_CHECKPOINT), quantized, not_run(RUNGS[7], _NO_GPU)))
+
+
+def _end_to_end(bundle: Path, cases: Sequence[Case], precision: Precision) -> tuple[Rung, Rung]:
+    """Play conversations whole and chunked; a quantized bundle answers on its own rung."""
+    end, quantized = RUNGS[4], RUNGS[6]
+    if not cases:
+        why = "the bundle holds no recorded conversations; build it without --no-record, or give --model"
+        return not_run(end, why), not_run(quantized, why)
+    session, table = load(bundle), tolerance("end_to_end", precision)
+    checks = [*play(session, cases, table, precision)]
+    checks += [replace(c, name=f"chunked {c.name}") for c in play(session, cases, table, precision, "chunked")]
+    note = f"{len(cases)} conversations, {sum(len(t.expected.tokens) for c in cases for t in c.turns)} steps, prefilled whole and in chunks"
+    if precision == "float32":
+        return rung_of(end, checks, note), not_run(quantized, "nothing is quantized")
+    why = "the graphs hold reduced precision; the next rung but one plays them"
+    return not_run(end, why), rung_of(quantized, checks, f"{precision}; {note}")
+
+
+def _precision_of_manifest(manifest: Manifest) -> Precision:
+    quantize = manifest.plan.get("quantize")
+    schemes = {str(p.get("weights")) for p in quantize.values() if isinstance(p, dict)} if isinstance(quantize, dict) else set()
+    if "int4" in schemes:
+        return "int4"
+    return "float16" if "fp16" in schemes or manifest.plan.get("dtype") != "float32" else "float32"
+
+
+# ------------------------------------------------------------------------------------------------------ with the checkpoint
+@dataclass(frozen=True)
+class _Climb:
+    """What the rungs share."""
+
+    bundle: Path
+    model: Path
+    manifest: Manifest
+    plan: Plan
+    cases: tuple[Case, ...]
+    precision: Precision
+
+
+def climb(bundle: Path, model: Path, progress: Progress = lambda _: None, steps: int = 8) -> Ladder:
+    """Verify a bundle against the checkpoint it was made from, rung by rung.
+
+    Args:
+        bundle: the folder.
+        model: the checkpoint's folder.
+        progress: called with the name of each rung before it runs.
+        steps: tokens answered per turn.
+
+    Raises:
+        BundleError: files are missing, changed or damaged.
+        ModelError: the checkpoint is another one, or cannot be loaded.
+        ParityError: the bundle's plan is not what its recipe gives now.
+    """
+    from tmc_export.verify.record import answer, made_up_scripts
+    from tmc_export.verify.reference import Reference
+
+    progress(RUNGS[0])
+    manifest = open_manifest(bundle)
+    check_files(bundle, manifest)
+    _check_checkpoint(manifest, model)
+    plan, files, fit = _plan(manifest, model)
+    files_rung = Rung(RUNGS[0], "passed", f"{len(manifest.files)} files and {len(manifest.checkpoint)} of the checkpoint have their sha256")
+    scripts = made_up_scripts(model, plan, files, fit)
+    reference = Reference(model, plan, trace=True)
+    cases = tuple(answer(reference, script, plan, steps) for script in scripts)
+    shared = _Climb(bundle, model, manifest, plan, cases, _precision_of_manifest(manifest))
+    rungs = [files_rung]
+    steps_of: list[Callable[[_Climb], Sequence[Rung]]] = [_hugging_face, _with_plan, _per_subgraph, _whole]
+    for name, run in zip(RUNGS[1:5], steps_of, strict=True):
+        progress(name)
+        rungs += run(shared)
+    progress(RUNGS[5])
+    rungs.insert(-1, _half_range(shared))
+    return Ladder((*rungs, not_run(RUNGS[7], _NO_GPU)))
+
+
+def _check_checkpoint(manifest: Manifest, model: Path) -> None:
+    for name, digest in manifest.checkpoint.items():
+        path = model / name
+        if not path.is_file():
+            raise ModelError(f"{model} lacks '{name}', which the bundle was made from; give the folder of that checkpoint")
+        if hash_file(path) != digest:
+            raise ModelError(f"{path} is not the file that the bundle was made from (sha256); give the folder of that checkpoint")
+
+
+def _plan(manifest: Manifest, model: Path) -> tuple[Plan, ModelFiles, str | None]:
+    """Resolve the bundle's recipe against the checkpoint again; the plan must be the one that was built."""
+    from tmc_export.api.build import plan_json
+
+    recipe = Recipe.model_validate(manifest.recipe)
+    files = read_model_files(model)
+    plan = resolve(recipe, files)
+    now, built = plan_json(plan), manifest.plan
+    differing = sorted(k for k in {*now, *built} if now.get(k) != built.get(k))
+    if differing:
+        raise ParityError(f"the recipe gives another plan now than when the bundle was built ({', '.join(differing)} differ); build it again")
+    return plan, files, recipe.inputs.fit
+
+
+def _hugging_face(shared: _Climb) -> list[Rung]:
+    """The reference without any stage against Hugging Face's own `generate`, on first turns."""
+    from tmc_export.verify.against import compare_with_generate
+
+    checks = compare_with_generate(shared.model, shared.plan, shared.cases, tolerance("eager", "float32"))
+    return [rung_of(RUNGS[1], checks, "the reference without the plan's stages, against generate()")]
+
+
+def _with_plan(shared: _Climb) -> list[Rung]:
+    """The reference with the plan against what was recorded when the bundle was built."""
+    from tmc_export.verify.against import compare_with_recorded
+
+    recorded = list(read_cases(shared.bundle))
+    if not recorded:
+        return [not_run(RUNGS[2], "the bundle holds no recorded conversations to compare with; later rungs compare with the reference itself")]
+    checks = compare_with_recorded(shared.model, shared.plan, recorded, tolerance("eager", "float32"))
+    return [rung_of(RUNGS[2], checks, "the reference with the plan, against the bundle's recorded outputs")]
+
+
+def _per_subgraph(shared: _Climb) -> list[Rung]:
+    from tmc_export.verify.subgraphs import check_subgraphs
+
+    table = tolerance("subgraph", shared.precision)
+    checks = list(check_subgraphs(shared.bundle, shared.manifest.program, shared.cases, table, shared.precision))
+    seen = {c.subgraph for c in checks if c.subgraph}
+    return [rung_of(RUNGS[3], checks, f"{len(seen)} subgraphs, each fed with the reference's inputs")]
+
+
+def _whole(shared: _Climb) -> list[Rung]:
+    return list(_end_to_end(shared.bundle, shared.cases, shared.precision))
+
+
+def _half_range(shared: _Climb) -> Rung:
+    """Largest magnitudes in float32, and the same conversation in torch's half precision."""
+    from tmc_export.verify.against import compare_half
+
+    checks, note = compare_half(shared.model, shared.plan, shared.cases[-1], judged=shared.precision != "float32")
+    return rung_of(RUNGS[5], checks, note)
