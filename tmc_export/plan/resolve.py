@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
-from tmc_export.core.errors import LegalityError
+from tmc_export.core.errors import LegalityError, ModelError
 from tmc_export.core.facts import ModelFacts
 from tmc_export.families import family_of
 from tmc_export.families._contract import Family, ModelFiles
@@ -33,7 +33,7 @@ def resolve(recipe: Recipe, files: ModelFiles, splits: Sequence[int] = ()) -> Pl
     """
     family = family_of(dict(files.config))
     sizes = _sizes(recipe, family, files)
-    first = family.facts(files, sizes[0])
+    first = _facts(recipe, family, files, sizes[0])
     entries = read_entries(recipe, first)
     vision = tuple(_vision(i, size, recipe, family, files, entries) for i, size in enumerate(sizes)) if recipe.inputs.images else ()
     visual = max((v.tokens for v in vision), default=0)
@@ -75,6 +75,17 @@ def _sizes(recipe: Recipe, family: type[Family], files: ModelFiles) -> tuple[tup
     return sizes
 
 
+def _facts(recipe: Recipe, family: type[Family], files: ModelFiles, size: tuple[int, int]) -> ModelFacts:
+    """Read the model's numbers for a bucket; a size that the model cannot take is the recipe's fault, and named there."""
+    try:
+        return family.facts(files, size)
+    except ModelError as error:
+        if not recipe.inputs.buckets:
+            raise
+        family.facts(files, family.default_size(files))  # raises when it is the model's fault after all
+        raise LegalityError(f"{recipe.origin(('inputs', 'image_size'))}: {error}") from error
+
+
 def _check_context(recipe: Recipe, facts: ModelFacts, capacity: int) -> None:
     if capacity > facts.decoder.context:
         raise LegalityError(
@@ -101,7 +112,7 @@ def _vision(
     index: int, size: tuple[int, int], recipe: Recipe, family: type[Family], files: ModelFiles, entries: Sequence[Entry]
 ) -> VisionPlan:
     """Follow one bucket through `input`, encoder and projector."""
-    facts = family.facts(files, size)
+    facts = _facts(recipe, family, files, size)
     layout = Layout((Segment("visual", size[0] * size[1], size),), width=3)
     stages: list[StagePlan] = []
     for entry, stage in _at(entries, "input"):

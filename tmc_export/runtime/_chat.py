@@ -247,4 +247,7 @@ def _template_files(folder: Path) -> dict[str, str]:
     files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     if (folder / "chat_template.jinja").is_file():
         files["default"] = folder / "chat_template.jinja"
-    return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+    try:
+        return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+    except UnicodeDecodeError as error:
+        raise BundleError(f"a chat template in {folder} is not UTF-8 text ({error}); build the bundle again") from error
