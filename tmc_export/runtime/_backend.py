@@ -49,7 +49,7 @@ class BackendOptions:
         memory_tight: keep one copy of the weights, mapped from the file, instead of a packed copy per phase; slower.
 
     Raises:
-        RuntimeInputError: another accuracy.
+        RuntimeInputError: another accuracy, or no thread.
     """
 
     threads: int | None = None
@@ -59,6 +59,8 @@ class BackendOptions:
     def __post_init__(self) -> None:
         if self.int4_accuracy not in (1, 4):
             raise RuntimeInputError(f"int4_accuracy is {self.int4_accuracy}; use 4 (fast) or 1 (what a device computes)")
+        if self.threads is not None and self.threads < 1:
+            raise RuntimeInputError(f"threads is {self.threads}; give 1 or more")
 
 
 def _onnxruntime(folder: Path, options: BackendOptions) -> Backend:

@@ -116,8 +116,17 @@ class Decoder:
             route: `whole` runs the prefill graphs on the bucket, `chunked` the chunk graphs; `auto` takes the cheaper that applies.
 
         Raises:
-            RuntimeInputError: the turn does not fit.
+            RuntimeInputError: the turn does not fit; the conversation is as it was.
         """
+        marks = [(s.used, s.next_position) for s in self.slots]
+        try:
+            return self._turn(hidden, positions, group, next_position, route)
+        except RuntimeInputError:
+            for slots, (used, following) in zip(self.slots, marks, strict=True):
+                slots.forget(used, following)
+            raise
+
+    def _turn(self, hidden: Array, positions: Array, group: Array, next_position: int, route: Route) -> TurnTrace:
         flow = _Flow(hidden.astype(self.program.dtype), positions, self.length + np.arange(hidden.shape[0]), group, next_position)
         chosen = self._route(flow, route)
         pictures = bool((group > 0).any())

@@ -43,6 +43,11 @@ class BlockSlots:
         self.valid[:] = False
         self.used = self.next_position = 0
 
+    def forget(self, used: int, next_position: int) -> None:
+        """Go back to where `used` slots were filled and the next token had `next_position`."""
+        self.valid[:, used:] = False
+        self.used, self.next_position = used, next_position
+
     def feed(self) -> dict[str, Array]:
         """The past inputs of the block's graphs."""
         return {**self._buffers, "past_order": self.order, "past_valid": self.valid}

@@ -156,6 +156,8 @@ class Session:
             out = self._backend.graph(vision.file).run({"pixels": array})
             tokens.append(out["tokens"][0])
             sources.append(tuple(out[f"source.{n}"][0] for n in range(len(vision.stages))))
+        if not ids:
+            raise RuntimeInputError("the prompt is empty; write a question")
         expanded, group = expand_image_tokens(ids, self.program.image_token, [t.shape[0] for t in tokens])
         positions, following = self._positions(group, [b for b, _ in pixels], sources)
         return Prompt(expanded, group, positions, following, tuple(pixels), tuple(tokens), tuple(sources))
@@ -273,7 +275,11 @@ class Session:
             RuntimeInputError: pictures or text that the bundle cannot take.
         """
         began = time.perf_counter()
+        limit = self.program.new_tokens if max_new_tokens is None else max_new_tokens
+        if limit < 1:
+            raise RuntimeInputError(f"max_new_tokens is {limit}; give 1 or more")
         use_chat = chat and self.template is not None
+        said = list(self._messages), self._said, list(self._fed), list(self._seen)
         pixels = self.encode_images(images)
         ids = self.chat_ids(prompt, len(images)) if use_chat else self.plain_ids(prompt, len(images))
         self._fed += ids
@@ -281,12 +287,13 @@ class Session:
         if self.program.turns == "recompute":
             self.decoder.reset()
             ids, pixels = list(self._fed), tuple(self._seen)
-        laid = self.prompt(ids, pixels)
-        seen = time.perf_counter()
-        trace = self.run_prompt(laid, route)
-        limit = self.program.new_tokens if max_new_tokens is None else max_new_tokens
-        if limit < 1:
-            raise RuntimeInputError(f"max_new_tokens is {limit}; give 1 or more")
+        try:
+            laid = self.prompt(ids, pixels)
+            seen = time.perf_counter()
+            trace = self.run_prompt(laid, route)
+        except RuntimeInputError:
+            self._messages, self._said, self._fed, self._seen = said  # a refused turn was never said
+            raise
         tokens, text, finish, times = self._decode(trace.logits, limit, Sampler(sampling or Sampling()), StopStrings(stop), on_text)
         self._fed += tokens[:-1]
         if use_chat:
