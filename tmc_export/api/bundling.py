@@ -19,6 +19,7 @@ from tmc_export.bundle.write import atomic_folder, check_replaceable, hash_file,
 from tmc_export.core.errors import BundleError, ModelError
 from tmc_export.core.lazy import require
 from tmc_export.plan.describe import plan_json, report_json
+from tmc_export.plan.legality import emitted_opset
 from tmc_export.plan.make import report_plan
 from tmc_export.plan.source import fetch, read_model_files
 from tmc_export.recipe import load_device, load_recipe
@@ -93,7 +94,9 @@ def build_bundle(
     check_task(folder, plan.facts.architecture)
     config = _config(folder)
     with atomic_folder(target) as work:
-        exported = export_subgraphs(plan, files, folder, config, work, loaded.inputs.fit, lambda name: progress(f"export {name}"))
+        exported = export_subgraphs(
+            plan, files, folder, config, work, loaded.inputs.fit, emitted_opset(plan, device), lambda name: progress(f"export {name}")
+        )
         (work / "engines" / "profiles.json").write_text(json.dumps({"subgraphs": exported.profiles}, indent=1) + "\n", "utf-8")
         _copy_sidecars(folder, work / "model")
         (work / "report").mkdir()

@@ -44,7 +44,10 @@ class Exported:
 
 
 class _Exporter:
-    def __init__(self, plan: Plan, files: ModelFiles, folder: Path, config: Any, out: Path, fit: str | None, progress: Progress) -> None:
+    def __init__(
+        self, plan: Plan, files: ModelFiles, folder: Path, config: Any, out: Path, fit: str | None, opset: int, progress: Progress
+    ) -> None:
+        self.opset = opset
         self.plan, self.files, self.out, self.fit, self.progress = plan, files, out, fit, progress
         self.dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[plan.dtype]
         self.model: nn.Module = make_skeleton(config, self.dtype, register_attention())
@@ -62,8 +65,9 @@ class _Exporter:
         self, module: Any, inputs: list[Tensor], names: tuple[list[str], list[str]], symbols: list[dict[int, str] | None]
     ) -> ir.Model:
         model = capture(
-            module, inputs, input_names=names[0], output_names=names[1], symbols=symbols, model=self.model, checkpoint=self.checkpoint
-        )
+            module, inputs, input_names=names[0], output_names=names[1], symbols=symbols, model=self.model,
+            checkpoint=self.checkpoint, opset=self.opset,
+        )  # fmt: skip
         FoldWeightTransposesPass()(model)  # before any folding, so that weights keep their names and stay lazy
         return clean(model)
 
@@ -224,7 +228,9 @@ class _Exporter:
         return inputs
 
 
-def export_subgraphs(plan: Plan, files: ModelFiles, folder: Path, config: Any, out: Path, fit: str | None, progress: Progress) -> Exported:
+def export_subgraphs(
+    plan: Plan, files: ModelFiles, folder: Path, config: Any, out: Path, fit: str | None, opset: int, progress: Progress
+) -> Exported:
     """Export every subgraph of a plan.
 
     Args:
@@ -234,13 +240,14 @@ def export_subgraphs(plan: Plan, files: ModelFiles, folder: Path, config: Any, o
         config: its transformers configuration.
         out: the bundle's (temporary) folder; `onnx/` and `engines/` are made in it.
         fit: the recipe's picture rule, or None for the family's own.
+        opset: ONNX opset of the graphs.
         progress: called with the name of each subgraph before it is made.
 
     Raises:
         ModelError: weights are missing or damaged.
         ExportError: a part cannot be lowered.
     """
-    work = _Exporter(plan, files, folder, config, out, fit, progress)
+    work = _Exporter(plan, files, folder, config, out, fit, opset, progress)
     vision = tuple(work.vision(v) for v in plan.vision)
     embed = work.embed()
     blocks = tuple(work.block(b) for b in plan.blocks)
@@ -249,7 +256,7 @@ def export_subgraphs(plan: Plan, files: ModelFiles, folder: Path, config: Any, o
     d, rules = plan.facts.decoder, work.family.tokens(files)
     program = Program(
         family=plan.facts.family, dtype="float16" if plan.dtype == "float16" else "float32", batch=plan.batch, images=plan.images,
-        width=d.width,        vocabulary=d.vocabulary, heads=d.heads, kv_heads=d.kv_heads, head_dim=d.head_dim, rope_axes=d.rope_axes,
+        width=d.width, vocabulary=d.vocabulary, heads=d.heads, kv_heads=d.kv_heads, head_dim=d.head_dim, rope_axes=d.rope_axes,
         position_rule=work.family.position_rule(files), text_tokens=plan.text_tokens, new_tokens=plan.new_tokens,
         chunk=plan.chunk, turns=plan.turns, memory_tight=plan.memory_tight,
         image_token=rules.image, image_text=rules.image_text, eos=rules.eos, vision=vision, embed=embed, blocks=blocks, cuts=cuts,

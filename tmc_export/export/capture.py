@@ -74,6 +74,7 @@ def capture(
     symbols: Sequence[Mapping[int, str] | None],
     model: nn.Module,
     checkpoint: Checkpoint,
+    opset: int = OPSET,
 ) -> ir.Model:
     """Trace a module.
 
@@ -85,9 +86,10 @@ def capture(
         symbols: per input, axis → name of its symbolic dimension.
         model: the whole model, whose state-dict names the initializers are bound to.
         checkpoint: where they are read.
+        opset: of the graph; at least 18.
 
     Returns:
-        A model of opset `OPSET`, with symbolic dimensions named as in `symbols`, and no metadata of the tracer.
+        A model of that opset, with symbolic dimensions named as in `symbols`, and no metadata of the tracer.
 
     Raises:
         ExportError: the module cannot be traced.
@@ -105,7 +107,7 @@ def capture(
                 program,
                 dynamo=True,
                 optimize=False,
-                opset_version=OPSET,
+                opset_version=opset,
                 verbose=False,
                 input_names=list(input_names),
                 output_names=list(output_names),

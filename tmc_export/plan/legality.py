@@ -16,13 +16,13 @@ from tmc_export.plan.memory import Room, build_memory, built_on_device, gib, run
 from tmc_export.plan.types import CutPlan, Plan, QuantizePlan, StagePlan
 from tmc_export.recipe import Device, Recipe
 
-__all__ = ["EMITTED_OPSET", "RTX_CAPABILITIES", "check_plan", "check_target", "notes_of"]
+__all__ = ["RTX_CAPABILITIES", "check_plan", "check_target", "emitted_opset", "notes_of"]
 
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 """What TensorRT-RTX 1.7 builds for."""
 
-EMITTED_OPSET = 21
-"""Of the graphs under `onnx/`."""
+INT4_OPSET = 21
+"""What int4 block `DequantizeLinear` needs; nothing newer is emitted."""
 
 _NEEDS_AMPERE = ("bfloat16", "int4")
 """Not on compute capability 7.5, by what TensorRT-RTX builds."""
@@ -246,6 +246,13 @@ def _check_keep(recipe: Recipe, plan: Plan) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- notes
+def emitted_opset(plan: Plan, device: Device) -> int:
+    """Return the ONNX opset of a bundle's graphs: what the device's TensorRT takes, or 21 where int4 blocks need it."""
+    if any(scheme.weights == "int4" for scheme in plan.quantize.values()):
+        return INT4_OPSET
+    return min(INT4_OPSET, device.tensorrt.opset)
+
+
 def notes_of(recipe: Recipe, plan: Plan, device: Device, room: Room | None) -> tuple[str, ...]:
     """What a user should know of a legal plan: what was never run, what it falls back to, what is not known."""
     found: list[str] = []
@@ -255,14 +262,15 @@ def notes_of(recipe: Recipe, plan: Plan, device: Device, room: Room | None) -> t
     if runtime != "onnxruntime" and plan.dtype == "float32":
         found.append("TensorRT does not fuse float32 attention; float16 takes less memory and time")
     if built_on_device(device, runtime):
-        if device.tensorrt.opset < EMITTED_OPSET:
+        emitted = emitted_opset(plan, device)
+        if device.tensorrt.opset < emitted:
             found.append(
-                f"TensorRT {version} is taken as safe up to opset {device.tensorrt.opset}, the graphs are opset {EMITTED_OPSET}: not run "
+                f"TensorRT {version} is taken as safe up to opset {device.tensorrt.opset}, the graphs are opset {emitted}: not run "
                 "on a board; "
                 "build_on_device.sh tries it there"
             )
         scheme = plan.quantize.get("decoder")
-        if scheme is not None and scheme.weights == "int4" and device.tensorrt.opset < EMITTED_OPSET:
+        if scheme is not None and scheme.weights == "int4" and device.tensorrt.opset < emitted:
             found.append(f"int4 on TensorRT {version}: not run; {_fallback(recipe, plan, room)}")
     if recipe.target.memory_tight and runtime != "onnxruntime":
         found.append("memory_tight has no effect on TensorRT engines: one engine serves all phases")
