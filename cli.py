@@ -22,6 +22,8 @@ from tmc_export.core.registry import nearest
 __all__ = ["Verbs", "main"]
 
 USAGE, RESOURCES, INTERRUPTED = 2, 5, 130
+_NO_MEMORY = "can't allocate memory"
+"""What torch says instead of raising MemoryError."""
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.ENOMEM}
 
 
@@ -76,6 +78,10 @@ class Verbs(click.Group):
             _fail(str(error), error.exit_code)
         except MemoryError as error:
             _fail(f"out of memory: {error or 'an allocation was refused'}; free memory, or build on a larger machine", RESOURCES)
+        except RuntimeError as error:
+            if _NO_MEMORY not in str(error):
+                raise
+            _fail(f"out of memory: {str(error).splitlines()[0]}; free memory, or build on a larger machine", RESOURCES)
         except OSError as error:
             _fail(_describe(error), RESOURCES if error.errno in _NO_ROOM else USAGE)
         sys.exit(result if isinstance(result, int) else 0)
