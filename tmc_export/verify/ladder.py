@@ -6,6 +6,7 @@ A rung that did not run says so; a missing output fails; the first bad subgraph 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,8 @@ from tmc_export.bundle.read import check_files, open_manifest
 from tmc_export.bundle.write import hash_file
 from tmc_export.core.errors import ModelError, ParityError
 from tmc_export.families._contract import ModelFiles
-from tmc_export.plan.resolve import resolve
+from tmc_export.plan.describe import plan_json
+from tmc_export.plan.make import make_plan
 from tmc_export.plan.source import read_model_files
 from tmc_export.plan.types import Plan
 from tmc_export.recipe.recipe import Recipe
@@ -147,12 +149,10 @@ def _check_checkpoint(manifest: Manifest, model: Path) -> None:
 
 
 def _plan(manifest: Manifest, model: Path) -> tuple[Plan, ModelFiles, str | None]:
-    """Resolve the bundle's recipe against the checkpoint again; the plan must be the one that was built."""
-    from tmc_export.api.build import plan_json
-
-    recipe = Recipe.model_validate(manifest.recipe)
+    """Plan the bundle's recipe against the checkpoint again; the plan must be the one that was built."""
+    recipe = Recipe.model_validate_json(json.dumps(manifest.recipe))
     files = read_model_files(model)
-    plan = resolve(recipe, files)
+    plan, _ = make_plan(recipe, files)
     now, built = plan_json(plan), manifest.plan
     differing = sorted(k for k in {*now, *built} if now.get(k) != built.get(k))
     if differing:
@@ -164,7 +164,7 @@ def _hugging_face(shared: _Climb) -> list[Rung]:
     """The reference without any stage against Hugging Face's own `generate`, on first turns."""
     from tmc_export.verify.against import compare_with_generate
 
-    checks = compare_with_generate(shared.model, shared.plan, shared.cases, tolerance("eager", "float32"))
+    checks = list(compare_with_generate(shared.model, shared.plan, shared.cases, tolerance("eager", "float32")))
     return [rung_of(RUNGS[1], checks, "the reference without the plan's stages, against generate()")]
 
 
@@ -175,7 +175,7 @@ def _with_plan(shared: _Climb) -> list[Rung]:
     recorded = list(read_cases(shared.bundle))
     if not recorded:
         return [not_run(RUNGS[2], "the bundle holds no recorded conversations to compare with; later rungs compare with the reference itself")]
-    checks = compare_with_recorded(shared.model, shared.plan, recorded, tolerance("eager", "float32"))
+    checks = list(compare_with_recorded(shared.model, shared.plan, recorded, tolerance("eager", "float32")))
     return [rung_of(RUNGS[2], checks, "the reference with the plan, against the bundle's recorded outputs")]
 
 
