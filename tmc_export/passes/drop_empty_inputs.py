@@ -32,7 +32,7 @@ class DropEmptyInputsPass(ir.passes.InPlacePass):
                     node = ir.node("Concat", rest, attributes={"axis": user.attributes["axis"].as_int()})
                     node.outputs[0].shape, node.outputs[0].type = shape, kind
                     graph.insert_after(user, node)
-                    user.outputs[0].replace_all_uses_with(node.outputs[0])
+                    user.outputs[0].replace_all_uses_with(node.outputs[0], replace_graph_outputs=True)
                     graph.remove(user, safe=True)
                     node.outputs[0].name = name
         gone = [v for v in graph.inputs if not v.uses() and not v.is_graph_output()]

@@ -53,6 +53,6 @@ def specialize(model: ir.Model, sizes: Mapping[str, int], name: str) -> ir.Model
     optimizer.optimize_ir(static, num_iterations=3, input_size_limit=_FOLD_INPUT, output_size_limit=_FOLD_OUTPUT)
     finish = ir.passes.Sequential(
         common.CommonSubexpressionEliminationPass(), common.RemoveUnusedNodesPass(), DropEmptyInputsPass(),
-        KeepOutputsPass(names), common.ShapeInferencePass(), common.NameFixPass(), AssertStaticPass(name),
+        KeepOutputsPass(names), common.ShapeInferencePass(), common.NameFixPass(),
     )  # fmt: skip
-    return finish(static).model
+    return AssertStaticPass(name)(finish(static).model).model  # by itself: a sequence would wrap its error
