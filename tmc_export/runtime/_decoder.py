@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-__all__ = ["Decoder", "Route", "TurnTrace"]
+__all__ = ["Decoder", "Mark", "Route", "TurnTrace"]
 
 Route = Literal["auto", "whole", "chunked"]
 
@@ -32,12 +32,27 @@ class TurnTrace:
     Attributes:
         logits: float `[vocabulary]` of the last token.
         kept: (block, stage) → int64 `[m·k]`, place among the candidates that arrived, -1 = none.
+        visual: visual tokens of the turn that left each cut.
         route: which graphs ran.
     """
 
     logits: Array
     kept: dict[tuple[int, int], Array] = field(default_factory=dict)
+    visual: list[int] = field(default_factory=list)
     route: str = ""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A place in a conversation that it can be taken back to.
+
+    Attributes:
+        slots: per block, slots filled and next position.
+        length: tokens fed.
+    """
+
+    slots: tuple[tuple[int, int], ...]
+    length: int
 
 
 @dataclass
@@ -53,6 +68,15 @@ class _Flow:
     @property
     def count(self) -> int:
         return int(self.hidden.shape[0])
+
+    @property
+    def pictures(self) -> bool:
+        return bool((self.group > 0).any())
+
+    def renumber(self, start: int) -> None:
+        """Count the positions on from `start` without gaps."""
+        self.positions = np.broadcast_to(start + np.arange(self.count), self.positions.shape)
+        self.next_position = start + self.count
 
 
 class Decoder:
@@ -73,6 +97,16 @@ class Decoder:
         for slots in self.slots:
             slots.reset()
         self.length = 0
+
+    def mark(self) -> Mark:
+        """Remember where the conversation stands."""
+        return Mark(tuple((s.used, s.next_position) for s in self.slots), self.length)
+
+    def rewind(self, mark: Mark) -> None:
+        """Take the conversation back to a mark: what was fed since is forgotten."""
+        for slots, (used, following) in zip(self.slots, mark.slots, strict=True):
+            slots.forget(used, following)
+        self.length = mark.length
 
     @property
     def next_position(self) -> int:
@@ -118,53 +152,52 @@ class Decoder:
         Raises:
             RuntimeInputError: the turn does not fit; the conversation is as it was.
         """
-        marks = [(s.used, s.next_position) for s in self.slots]
+        mark = self.mark()
         try:
             return self._turn(hidden, positions, group, next_position, route)
-        except RuntimeInputError:
-            for slots, (used, following) in zip(self.slots, marks, strict=True):
-                slots.forget(used, following)
+        except BaseException:  # an interrupt, too, leaves no half-written turn behind
+            self.rewind(mark)
             raise
 
     def _turn(self, hidden: Array, positions: Array, group: Array, next_position: int, route: Route) -> TurnTrace:
         flow = _Flow(hidden.astype(self.program.dtype), positions, self.length + np.arange(hidden.shape[0]), group, next_position)
-        chosen = self._route(flow, route)
-        pictures = bool((group > 0).any())
-        for index, slots in enumerate(self.slots):
-            if index == 0 or self.program.cut_before(index) is None:
-                slots.check_room(flow.count)
+        pictures, chosen = flow.pictures, self._route(flow, route)
+        for index, slots in enumerate(self.slots):  # before anything is computed: up to the first cut the count is known
+            if pictures and self.program.cut_before(index) is not None:
+                break
+            slots.check_room(flow.count)
         trace = TurnTrace(np.zeros(0), route=chosen)
+        starts = [slots.used for slots in self.slots]
         queries: dict[str, Array] = {}
-        previous_start = 0
         for index, slots in enumerate(self.slots):
             if (cut := self.program.cut_before(index)) is not None:
                 if pictures:
-                    flow = self._cut(cut, flow, queries, previous_start, trace)
+                    flow = self._cut(cut, flow, queries, starts, trace)
                 if cut.positions == "renumber":
-                    start = slots.next_position
-                    flow.positions = np.broadcast_to(start + np.arange(flow.count), (self.program.rope_axes, flow.count))
-                    flow.next_position = start + flow.count
+                    flow.renumber(slots.next_position)
             slots.check_room(flow.count)
-            previous_start = slots.used
             queries = self._block(slots, flow, chosen, trace)
             slots.next_position = flow.next_position
         self.length += int(hidden.shape[0])
         return trace
 
     def _route(self, flow: _Flow, route: Route) -> str:
-        empty = all(s.used == 0 for s in self.slots)
-        fits = flow.count <= self.program.blocks[0].tokens
-        if route == "whole" and not (empty and fits):
-            why = "the conversation has begun" if not empty else f"{flow.count} tokens exceed the bucket of {self.program.blocks[0].tokens}"
-            raise RuntimeInputError(f"route 'whole' does not apply: {why}; use 'auto' or 'chunked'")
-        if not fits and bool((flow.group > 0).any()):
+        """Choose the graphs. A prefill graph sees no past, so that every block must take the turn in one piece."""
+        first = self.program.cut_before(0)
+        bucket = self.program.blocks[0].tokens if first is None else first.tokens_in
+        if flow.pictures and flow.count > bucket:
             raise RuntimeInputError(
-                f"the prompt has {flow.count} tokens, the bucket holds {self.program.blocks[0].tokens} "
+                f"the prompt has {flow.count} tokens, the bucket holds {bucket} "
                 f"({self.program.images} pictures and {self.program.text_tokens} text tokens); "
                 "shorten it, or build with a larger inputs.text_tokens"
             )
+        empty = all(s.used == 0 for s in self.slots)
+        most = bucket if flow.pictures else min(b.tokens for b in self.program.blocks)  # without pictures no cut shortens the turn
+        if route == "whole" and not (empty and flow.count <= most):
+            why = "the conversation has begun" if not empty else f"{flow.count} tokens exceed the bucket of {most}"
+            raise RuntimeInputError(f"route 'whole' does not apply: {why}; use 'auto' or 'chunked'")
         if route == "auto":
-            return "whole" if empty and fits and flow.count > self.program.chunk else "chunked"
+            return "whole" if empty and self.program.chunk < flow.count <= most else "chunked"
         return route
 
     def _block(self, slots: BlockSlots, flow: _Flow, route: str, trace: TurnTrace) -> dict[str, Array]:
@@ -207,8 +240,8 @@ class Decoder:
         return out
 
     # ----------------------------------------------------------------------------------------------------------- cut
-    def _cut(self, cut: CutProgram, flow: _Flow, queries: dict[str, Array], start: int, trace: TurnTrace) -> _Flow:
-        """Compress the visual tokens of this turn."""
+    def _cut(self, cut: CutProgram, flow: _Flow, queries: dict[str, Array], starts: list[int], trace: TurnTrace) -> _Flow:
+        """Compress the visual tokens of this turn, which begins at slot `starts[i]` of block i."""
         size, count = cut.tokens_in, flow.count
         places, alive = self._candidates(cut, flow)
         feed: dict[str, Array] = {
@@ -227,7 +260,8 @@ class Decoder:
             query = queries[f"query.{layer}"]
             if before.block.query_rows[layer] == "all":
                 query = _pad(query[0].swapaxes(0, 1), size).swapaxes(0, 1)[None].copy()
-            feed |= {"slots": _pad(start + np.arange(count), size)[None], "slot_order": before.order, "slot_valid": before.valid}
+            slots = starts[cut.before_block - 1] + np.arange(count)
+            feed |= {"slots": _pad(slots, size)[None], "slot_order": before.order, "slot_valid": before.valid}
             feed |= {f"query.{layer}": query, f"key.{layer}": before.key(layer)}
         if cut.next:
             after = self.slots[cut.before_block]
@@ -235,8 +269,15 @@ class Decoder:
         out = self._backend.graph(cut.file).run(feed)
         for stage in range(len(cut.methods)):
             trace.kept[(cut.before_block, stage)] = out[f"kept.{stage}"][0]
-        self._prune_earlier(cut, out, start, count)
-        left = int(out["valid_out"][0].sum())
+        visual = int((out[f"kept.{len(cut.methods) - 1}"][0] >= 0).sum())
+        if (text := int((flow.group == 0).sum())) + visual > cut.tokens_out:
+            raise RuntimeInputError(
+                f"the prompt has {text} text tokens beside pictures, the bundle takes {cut.tokens_out - visual} behind the cut at layer "
+                f"{cut.layer}; shorten it, or build with a larger inputs.text_tokens"
+            )
+        trace.visual.append(visual)
+        self._prune_earlier(cut, out, starts, count)
+        left = text + visual
         source = out["source"][0, :left]
         return _Flow(out["hidden_out"][0, :left], flow.positions[:, source], flow.order[source], flow.group[source], flow.next_position)
 
@@ -253,7 +294,7 @@ class Decoder:
             places[picture, : found.shape[0]], alive[picture, : found.shape[0]] = found, True
         return places.reshape(-1), alive.reshape(-1)
 
-    def _prune_earlier(self, cut: CutProgram, out: dict[str, Array], start: int, count: int) -> None:
+    def _prune_earlier(self, cut: CutProgram, out: dict[str, Array], starts: list[int], count: int) -> None:
         """Drop KV rows of earlier blocks that the method does not keep."""
         masks = {layer: out[f"kv.{layer}"][0, :count] for layer in cut.kv}
         for slots in self.slots[: cut.before_block]:
@@ -264,7 +305,7 @@ class Decoder:
                 raise BundleError(
                     f"the layers of block {slots.block.index} keep different KV rows, which share one slot table; build the bundle again"
                 )
-            slots.compact(start, masks[layers[0]])
+            slots.compact(starts[slots.block.index], masks[layers[0]])
 
     # ---------------------------------------------------------------------------------------------------------- step
     def step(self, token: int) -> Array:

@@ -15,7 +15,8 @@ from tmc_export.bundle.read import check_files, open_manifest
 from tmc_export.core.errors import RuntimeInputError
 from tmc_export.core.image_rule import ImageRule
 from tmc_export.runtime._backend import BackendOptions, open_backend
-from tmc_export.runtime._chat import ChatTemplate, expand_image_tokens, place_images
+from tmc_export.runtime._chat import ChatTemplate, expand_image_tokens
+from tmc_export.runtime._conversation import Conversation
 from tmc_export.runtime._decoder import Decoder, Route, TurnTrace
 from tmc_export.runtime._images import ImageLike, choose_bucket, load_image, prepare
 from tmc_export.runtime._mrope import mrope_positions
@@ -110,11 +111,7 @@ class Session:
         self.tokenizer = Tokenizer(folder / "model")
         self.template = ChatTemplate.from_folder(folder / "model", self.tokenizer.special_tokens)
         self._rules = [ImageRule.from_json(dict(v.rule)) for v in self.program.vision]
-        self._messages: list[dict[str, object]] = []
-        self._said = self._answered = ""
-        self._unfed: tuple[int, ...] = ()
-        self._fed: list[int] = []
-        self._seen: list[tuple[int, Array]] = []
+        self._conversation = Conversation(self.tokenizer, self.template, self.program.image_text, self.program.eos)
         for vision in self.program.vision:
             self._backend.graph(vision.file)
         self.decoder.graphs()
@@ -122,8 +119,7 @@ class Session:
     def reset(self) -> None:
         """Start a new conversation."""
         self.decoder.reset()
-        self._messages, self._said, self._answered, self._unfed = [], "", "", ()
-        self._fed, self._seen = [], []
+        self._conversation.reset()
 
     # ------------------------------------------------------------------------------------------------------- inputs
     def encode_images(self, images: Sequence[ImageLike]) -> tuple[tuple[int, Array], ...]:
@@ -199,38 +195,6 @@ class Session:
             hidden[prompt.group == picture + 1] = tokens
         return self.decoder.turn(hidden, prompt.positions, prompt.group, prompt.next_position, route)
 
-    def chat_ids(self, prompt: str, pictures: int) -> list[int]:
-        """Encode the next user turn with the chat template; a later turn gets only what the conversation has not seen yet.
-
-        Raises:
-            RuntimeInputError: the model has no chat template.
-        """
-        if self.template is None:
-            raise RuntimeInputError("this model has no chat template; give a plain prompt (without --chat)")
-        message = self.template.message("user", prompt, pictures, self.program.image_text)
-        text = self.template.render([*self._messages, message], add_generation_prompt=True)
-        if self._messages:
-            ids = [*self._unfed, *self.tokenizer.encode(text[self._known(text) :], add_special_tokens=False)]
-        else:
-            ids = self.tokenizer.encode(text)
-        self._messages.append(message)
-        self._said = text
-        return ids
-
-    def _known(self, text: str) -> int:
-        """Length of the part of a rendered conversation that the slots hold already: the last prompt, and the answer after blanks."""
-        answer = self._answered.strip()
-        found = text.find(answer, len(self._said))
-        if not text.startswith(self._said) or found < 0 or text[len(self._said) : found].strip():
-            raise RuntimeInputError("this chat template rewrites earlier turns, so that they cannot be kept; start a new conversation")
-        return found + len(answer)
-
-    def plain_ids(self, prompt: str, pictures: int) -> list[int]:
-        """Encode a prompt as it is; without placeholders, one per picture is put in front."""
-        first = self.decoder.length == 0
-        text = place_images(prompt, pictures, self.program.image_text)
-        return self.tokenizer.encode(text, add_special_tokens=None if first else False)
-
     # ------------------------------------------------------------------------------------------------------ answers
     def generate(
         self,
@@ -272,36 +236,33 @@ class Session:
             route: see `Decoder.turn`.
 
         Raises:
-            RuntimeInputError: pictures or text that the bundle cannot take.
+            RuntimeInputError: pictures or text that the bundle cannot take. After this or any other exception, an interrupt or one of
+                `on_text` included, the conversation is as it was before the turn.
         """
         began = time.perf_counter()
         limit = self.program.new_tokens if max_new_tokens is None else max_new_tokens
         if limit < 1:
             raise RuntimeInputError(f"max_new_tokens is {limit}; give 1 or more")
-        use_chat = chat and self.template is not None
-        said = list(self._messages), self._said, list(self._fed), list(self._seen)
+        sampler, stops = Sampler(sampling or Sampling()), StopStrings(stop)
         pixels = self.encode_images(images)
-        ids = self.chat_ids(prompt, len(images)) if use_chat else self.plain_ids(prompt, len(images))
-        self._fed += ids
-        self._seen += pixels
-        if self.program.turns == "recompute":
-            self.decoder.reset()
-            ids, pixels = list(self._fed), tuple(self._seen)
+        ids, asked = self._conversation.ask(prompt, pixels, chat)
+        mark = self.decoder.mark()
         try:
+            if self.program.turns == "recompute":
+                self.decoder.reset()
+                ids, pixels = list(asked.fed), asked.pixels
             laid = self.prompt(ids, pixels)
             seen = time.perf_counter()
             trace = self.run_prompt(laid, route)
-        except RuntimeInputError:
-            self._messages, self._said, self._fed, self._seen = said  # a refused turn was never said
+            tokens, text, finish, times = self._decode(trace.logits, limit, sampler, stops, on_text)
+        except BaseException:
+            self.decoder.rewind(mark)
             raise
-        tokens, text, finish, times = self._decode(trace.logits, limit, Sampler(sampling or Sampling()), StopStrings(stop), on_text)
-        self._fed += tokens[:-1]
-        if use_chat:
-            self._remember(text, tokens)
+        self._conversation.answer(asked, text, tokens)
         first = times[0] - began
         later = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
         timings = Timings(vision_ms=(seen - began) * 1e3, first_token_ms=first * 1e3, token_ms=later * 1e3)
-        return Answer(text, tuple(tokens), finish, int(laid.ids.shape[0]), self._visual(laid), self._kept(trace), timings)
+        return Answer(text, tuple(tokens), finish, int(laid.ids.shape[0]), self._visual(laid, trace), self._kept(trace), timings)
 
     def _decode(
         self, logits: Array, limit: int, sampler: Sampler, stops: StopStrings, on_text: Callable[[str], None] | None
@@ -337,15 +298,8 @@ class Session:
             show(stops.finish())
         return tokens, "".join(shown), finish, times
 
-    def _remember(self, text: str, tokens: Sequence[int]) -> None:
-        """Add the answer to the conversation; a last token that was not fed yet is fed by the next turn's text."""
-        if self.template is not None:
-            self._messages.append(self.template.message("assistant", text))
-        self._answered = text
-        self._unfed = (tokens[-1],) if tokens and tokens[-1] not in self.program.eos else ()
-
-    def _visual(self, prompt: Prompt) -> tuple[int, ...]:
-        return (int((prompt.group > 0).sum()), *(int(c.visual_out) for c in self.program.cuts)) if prompt.tokens else ()
+    def _visual(self, prompt: Prompt, trace: TurnTrace) -> tuple[int, ...]:
+        return (int((prompt.group > 0).sum()), *trace.visual) if prompt.tokens else ()
 
     def _kept(self, trace: TurnTrace) -> dict[str, tuple[tuple[int, ...], ...]]:
         found: dict[str, tuple[tuple[int, ...], ...]] = {}
