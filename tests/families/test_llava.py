@@ -23,6 +23,8 @@ from tests.families._parity import (
 from tests.families._small import save_small_llava
 from tmc_export.core.errors import ModelError
 from tmc_export.families import FAMILIES, family_of
+from tmc_export.families._contract import ModelFiles
+from tmc_export.families.llava import Llava
 from tmc_export.plan.types import BlockPlan
 from tmc_export.surgery.attention import AttentionState, additive_mask, recording
 from tmc_export.surgery.block import DecoderBlock
@@ -157,3 +159,12 @@ def test_a_variant_that_is_not_served_is_refused(tmp_path: Path) -> None:
 def test_no_family_is_an_error_that_lists_the_served() -> None:
     with pytest.raises(ModelError, match="LlavaForConditionalGeneration.*Qwen2VLForConditionalGeneration"):
         family_of({"architectures": ["OtherForConditionalGeneration"]})
+
+
+@pytest.mark.parametrize(
+    ("generation", "text", "ends"),
+    [({"eos_token_id": [7, 9]}, 5, (7, 9)), ({"eos_token_id": None}, 5, (5,)), ({}, [5, 6], (5, 6)), ({"eos_token_id": None}, None, (2,))],
+)
+def test_end_tokens_may_be_a_list_absent_or_null(generation: dict[str, object], text: object, ends: tuple[int, ...]) -> None:
+    files = ModelFiles({"text_config": {"eos_token_id": text}, "image_token_index": 4}, generation, {}, {}, {})
+    assert Llava.tokens(files).eos == ends

@@ -134,6 +134,21 @@ WRONG: list[tuple[str, tuple[str, ...], dict[str, Any], str, tuple[str, ...]]] =
     ("a cut past the end", ("at: decoder.32, method: fastv",), {}, "8:5", ("fastv at decoder.32", "decoder.31")),
     ("a cut before the start", ("at: decoder.0, method: fastv",), {}, "8:5", ("decoder.0", "decoder.1")),
     ("an encoder layer that does not run", ("at: encoder.23.mid, method: tome, r: 8",), {}, "8:5", ("0 to 22",)),
+    ("an encoder layer behind the last", ("at: encoder.23, method: random, keep: 50%",), {}, "8:10", ("encoder.23", "the last is 22")),
+    (
+        "a stage per picture behind a joint one",
+        ("at: decoder.2, method: fastv, keep: 50%, scope: joint", "at: decoder.4, method: fastv, keep: 50%"),
+        {"inputs": "images: 2, text_tokens: 8, new_tokens: 8"},
+        "9:5",
+        ("decoder.4 comes after", "joint at decoder.2", "must be the last"),
+    ),
+    (
+        "joint stages at several cuts",
+        ("at: decoder.8, method: pyramiddrop, scope: joint",),
+        {"inputs": "images: 2, text_tokens: 8, new_tokens: 8"},
+        "8:49",
+        ("pyramiddrop", "decoder.16 comes after"),
+    ),
     ("keep more than arrives", ("at: decoder.2, method: fastv, keep: 577",), {}, "8:5", ("577", "576 visual tokens")),
     (
         "a pool after a selection",

@@ -151,3 +151,21 @@ def test_the_stage_needs_one_row_of_the_layer_before() -> None:
     cut = _cut(1, 3)
     assert cut.previous == (Attention("previous", "last", "mean"),)
     assert isinstance(cut.plan.stages[0].stage, Stage)
+
+
+@pytest.mark.parametrize("group", [TWO, ONE, ONE[2:]], ids=["two pictures", "one of two", "one of two, first in the turn"])
+def test_retroactive_kv_keeps_the_text_and_the_chosen_candidates_of_every_picture(group: list[int]) -> None:
+    """`kv.<l>` marks the turn's text and the kept tokens, also where the bucket has room for a picture that was not given."""
+    method = METHODS.get("tokencarve")
+    config = method.Config.model_validate({"keep": 2, "scores": "attention"})
+    (stage,) = method.stages(Site.parse("decoder.2"), config, FACTS)
+    layout = Layout((Segment("visual", 6),), WIDTH)
+    planned = StagePlan(0, "tokencarve", config, stage, layout, method.layout(stage, layout, config, FACTS), "image")
+    parts: Any = _Parts()
+    cut = Cut(parts, CutPlan(1, 2, (planned,), 24, 16, 12, 4, "keep"), 2, FACTS, (None,) * 4)
+    _, out = _run(cut, group)
+    left = int(out["valid_out"].sum())
+    for layer in (0, 1):
+        assert torch.nonzero(out[f"kv.{layer}"][0])[:, 0].tolist() == out["source"][0, :left].tolist()
+    kept = [i for i in out["kept.0"][0].tolist() if i >= 0]
+    assert len(kept) == 2 * max(group) and left == len(kept) + group.count(0)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -50,4 +51,11 @@ def derive(
     def load() -> ir.TensorProtocol:
         return ir.Tensor(np.ascontiguousarray(function(source.numpy())), dtype=wanted, name=name)
 
-    return KeyedTensor(f"{getattr(source, 'key', source.name)}|{how}", load, wanted, shape, name)
+    return KeyedTensor(f"{_key_of(source)}|{how}", load, wanted, shape, name)
+
+
+def _key_of(source: ir.TensorProtocol) -> str:
+    """Say what the bytes of a source are: a name alone says nothing, two graphs may give it to different constants."""
+    if isinstance(source, KeyedTensor):
+        return source.key
+    return f"{hashlib.sha256(source.tobytes()).hexdigest()}:{source.dtype}:{list(source.shape.numpy())}"

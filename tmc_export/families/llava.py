@@ -95,9 +95,12 @@ class Llava(Family):
     @staticmethod
     def tokens(files: ModelFiles) -> TokenRules:
         """The image token, and every id that ends an answer."""
-        ends = files.generation.get("eos_token_id", files.config.get("text_config", {}).get("eos_token_id", 2))
+        ends = files.generation.get("eos_token_id")
+        if ends is None:  # absent, or written as null
+            ends = files.config["text_config"].get("eos_token_id")
+        ends = 2 if ends is None else ends
         image = int(files.config.get("image_token_index", files.config.get("image_token_id", 32000)))
-        return TokenRules(image=image, eos=tuple(ends) if isinstance(ends, list) else (int(ends),), image_text="<image>")
+        return TokenRules(image=image, eos=tuple(int(i) for i in ends) if isinstance(ends, list) else (int(ends),), image_text="<image>")
 
     @staticmethod
     def windows(files: ModelFiles) -> tuple[int | None, ...]:

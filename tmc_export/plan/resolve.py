@@ -126,7 +126,7 @@ def _vision(
     heads = (Segment("class", encoder.class_tokens),) if encoder.class_tokens else ()
     layout = Layout((*heads, patches), width=encoder.width)
     for entry, stage in _at(entries, "encoder"):
-        if stage.at.layer is not None and stage.at.layer >= encoder.layers + (stage.at.point is None):
+        if stage.at.layer is not None and stage.at.layer >= encoder.layers:
             raise LegalityError(
                 f"{entry.origin('at')}: {stage.at} does not exist: {encoder.layers} encoder layers are in use; the last is "
                 f"{encoder.layers - 1}"
@@ -182,11 +182,19 @@ def _through(entry: Entry, stage: Stage, layout: Layout, facts: ModelFacts, stag
 # -------------------------------------------------------------------------------------------------------------- decoder
 @dataclass
 class _Place:
-    """Where the walk through the decoder stands: visual tokens of one picture, their raster, and what each recipe entry first saw."""
+    """Where the walk through the decoder stands.
+
+    Attributes:
+        visual: visual tokens of one picture.
+        grid: their raster, if they form one.
+        entered: recipe entry → what it first saw.
+        mixed: the cut at which a joint budget was shared out, so that no picture has a known count any more.
+    """
 
     visual: int
     grid: tuple[int, int] | None
     entered: dict[int, int | None]
+    mixed: int | None = None
 
 
 def _decoder(
@@ -231,7 +239,13 @@ def _cut(recipe: Recipe, facts: ModelFacts, found: Sequence[tuple[Entry, Stage]]
     stages: list[StagePlan] = []
     images = recipe.inputs.images
     for entry, stage in found:
+        if place.mixed is not None and (entry.scope != "joint" or stage.at.layer != place.mixed):
+            raise LegalityError(
+                f"{entry.origin('scope')}: method '{entry.name}' at {stage.at} comes after a stage of scope: joint at "
+                f"decoder.{place.mixed}, where pictures lost their own counts; a joint stage must be the last: leave out scope: joint, or this stage"
+            )
         joint = images if entry.scope == "joint" else 1
+        place.mixed = stage.at.layer if joint > 1 else place.mixed
         layout = Layout((Segment("visual", place.visual * joint, place.grid if joint == 1 else None),), width=facts.decoder.width)
         after = _through(entry, stage, replace(layout, entry_tokens=place.entered.get(entry.index)), facts, stages)
         place.entered[entry.index] = after.entry_tokens

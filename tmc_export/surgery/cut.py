@@ -86,9 +86,8 @@ class Cut(nn.Module):
             columns = {n: s.gather(-1, _like(place, s)) for n, s in scores.items()}
             result = self._run(stage, tokens, place, alive, positions, columns, hidden, group, valid, states)
             for layer, rows in result.kv.items():
-                kv[layer] = _members(
-                    place.gather(1, self._unfold_index(stage, rows, place)), torch.ones_like(rows, dtype=torch.bool), hidden.shape[1]
-                )
+                chosen = self._unfold_index(stage, rows, place)
+                kv[layer] = _members(place.gather(1, chosen), alive.gather(1, chosen), hidden.shape[1])
             picked = self._unfold_index(stage, result.source, place)
             tokens, alive = self._unfold(stage, result.tokens), self._unfold(stage, result.valid)
             place, index = place.gather(1, picked), index.gather(1, picked)
