@@ -1,0 +1,52 @@
+"""A small model whose compress graph reads weights, and its bundles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+RECIPE = """\
+recipe: 1
+name: small
+model: {{source: ./model, dtype: {dtype}}}
+inputs: {{images: 1, text_tokens: 48, new_tokens: 8, chunk: 8}}
+compress:
+  - {{at: decoder.1, method: pyramiddrop, layers: [1], keep: [50%]}}
+quantize: {{{quantize}}}
+target: {{device: cpu, runtime: onnxruntime}}
+"""
+"""pyramiddrop's scores are those of the layer after the cut, so that the compress graph reads weights of that layer."""
+
+Build = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.families._small import save_small_llava
+
+    return save_small_llava(tmp_path_factory.mktemp("quantize") / "model", "qwen2", layers=2, vision_layers=2, hidden=64, image_size=42)
+
+
+@pytest.fixture(scope="session")
+def build(model: Path) -> Build:
+    """`build(name, quantize="decoder: {weights: int4, block: 32}", dtype="float32")` → the bundle's folder."""
+    from tmc_export.api.bundling import build_bundle
+
+    def make(name: str, quantize: str = "", dtype: str = "float32") -> Path:
+        recipe = model.parent / f"{name}.yaml"
+        recipe.write_text(RECIPE.format(quantize=quantize, dtype=dtype), "utf-8")
+        return build_bundle(recipe, model.parent / name, record=False).folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def int4(build: Build) -> Path:
+    return build("int4", "decoder: {weights: int4, block: 32, keep: [layers.1.mlp.down_proj]}")
+
+
+@pytest.fixture(scope="session")
+def plain(build: Build) -> Path:
+    return build("plain")
