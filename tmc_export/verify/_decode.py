@@ -140,6 +140,7 @@ class Decoder:
         self.cache = Cache(len(self.model.text.layers))
         self.places = 0
         self.next_position: dict[int, int] = {}
+        self.positions = torch.zeros(self.plan.rope_axes, 0, dtype=torch.int64)
         self.turn_visual = torch.zeros(0, dtype=torch.int64)
         self.stages: list[StageTrace] = []
         self.blocks: list[BlockTrace] = []
@@ -149,7 +150,9 @@ class Decoder:
         hidden: Tensor = self.model.text.embed_tokens(ids[None])
         return hidden
 
-    def feed(self, hidden: Tensor, positions: Tensor | None, group: Tensor, source: Tensor, select: bool) -> Tensor:
+    def feed(
+        self, hidden: Tensor, positions: Tensor | None, group: Tensor, source: Tensor, select: bool, following: int | None = None
+    ) -> Tensor:
         """Run new tokens through all layers, and return the logits of the last one `[vocabulary]`.
 
         Args:
@@ -158,12 +161,14 @@ class Decoder:
             group: `[T]`.
             source: `[T]`, see `Tokens`.
             select: run the stages of the cuts; false while decoding and in turns without pictures.
+            following: position of the token after these; the largest one plus one when None.
         """
         count = hidden.shape[1]
         if positions is None:
             positions = self._count_on(-1, count)
         else:
-            self.next_position[-1] = int(positions.max()) + 1
+            self.next_position[-1] = int(positions.max()) + 1 if following is None else following
+        self.positions = positions
         order = torch.arange(self.places, self.places + count)
         self.places += count
         tokens = Tokens(hidden, positions[:, None], order, group, source, _arrival(group, joint=False))
@@ -270,7 +275,8 @@ class Decoder:
 
     def _one(self, stage: StagePlan, tokens: Tokens, rows: Tensor, picture: int, cut: _Cut) -> tuple[Tensor, Tensor]:
         """Apply a stage to the tokens at `rows`; return the rows whose places are taken `[k]` and their new values `[1, k, c]`."""
-        padding = stage.before.tokens - rows.shape[0] if stage.scope == "joint" else 0
+        sizes = {v.tokens for v in self.plan.vision}  # a picture of a smaller bucket leaves places of the stage empty
+        padding = stage.before.tokens - rows.shape[0] if stage.scope == "joint" or len(sizes) > 1 else 0
         padded = torch.cat([rows, rows[:1].expand(max(padding, 0))])
         valid = (torch.arange(padded.shape[0]) < rows.shape[0])[None]
         context = Context(

@@ -46,7 +46,7 @@ class Seen:
 
 
 def see(tower: Tower, plan: VisionPlan, pixels: Tensor, picture: int, noise: float) -> Seen:
-    """Encode `pixels [1, 3, H, W]` and run every stage up to the projector's.
+    """Encode a prepared picture `[1, …]` and run every stage up to the projector's.
 
     Args:
         tower: encoder and projector.
@@ -62,7 +62,7 @@ def see(tower: Tower, plan: VisionPlan, pixels: Tensor, picture: int, noise: flo
             if (at.part, at.layer, at.point) == (part, layer, point):
                 _run(stage, plan, seen, picture, noise)
 
-    seen = _fresh(pixels.flatten(2).transpose(1, 2))
+    seen = _fresh(tower.raster(pixels, plan).flatten(2).transpose(1, 2))
     run("input")
     if seen.traces:
         rows, columns = _raster(plan)

@@ -7,6 +7,7 @@ Legend: b batch, n tokens, c channels, h heads, d channels of a head.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from tmc_export.core.errors import ModelError
 from tmc_export.plan.types import VisionPlan
+from tmc_export.verify._qwen_tower import QwenTower
 
 __all__ = ["ReferenceModel", "Tower", "load_model"]
 
@@ -25,8 +27,20 @@ class Tower(Protocol):
 
     layers: int
 
+    def shape(self, plan: VisionPlan) -> tuple[int, ...]:
+        """Shape of a picture prepared for a bucket, without a batch axis."""
+        ...
+
+    def generate_inputs(self, pixels: Sequence[Tensor], plans: Sequence[VisionPlan], group: Tensor) -> dict[str, Tensor]:
+        """What `generate()` takes for these pictures in a prompt whose tokens belong to `group [T]`."""
+        ...
+
+    def raster(self, pixels: Tensor, plan: VisionPlan) -> Tensor:
+        """A prepared picture `[1, …]` as `[1, 3, H, W]`."""
+        ...
+
     def embed(self, pixels: Tensor, plan: VisionPlan) -> Tensor:
-        """`[b, 3, H, W]` → tokens before the first layer `[b, n, c]`, class tokens first."""
+        """A prepared picture `[1, …]`, or a raster `[1, 3, H, W]`, → tokens before the first layer `[1, n, c]`, class tokens first."""
         ...
 
     def attend(self, layer: int, tokens: Tensor, key_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,6 +86,15 @@ class _ClipTower:
         size, patch = model.config.vision_config.image_size, model.config.vision_config.patch_size
         self.grid = (size // patch, size // patch)
 
+    def shape(self, plan: VisionPlan) -> tuple[int, ...]:
+        return (3, *plan.size)
+
+    def generate_inputs(self, pixels: Sequence[Tensor], plans: Sequence[VisionPlan], group: Tensor) -> dict[str, Tensor]:
+        return {"pixel_values": torch.stack(list(pixels))}
+
+    def raster(self, pixels: Tensor, plan: VisionPlan) -> Tensor:
+        return pixels
+
     def embed(self, pixels: Tensor, plan: VisionPlan) -> Tensor:
         tokens: Tensor = self.vision.embeddings(pixels, interpolate_pos_encoding=plan.grid != self.grid)
         return self.vision.pre_layrnorm(tokens) if hasattr(self.vision, "pre_layrnorm") else tokens
@@ -116,10 +139,11 @@ def load_model(folder: Path, dtype: torch.dtype) -> ReferenceModel:
             logging.enable_progress_bar()
     model.eval().requires_grad_(False)
     kind = str(model.config.model_type)
-    if kind != "llava":
-        raise ModelError(f"the reference has no path for model_type '{kind}'; it has one for: llava")
+    towers: dict[str, Callable[[Any], Tower]] = {"llava": _ClipTower, "qwen2_vl": QwenTower, "qwen2_5_vl": QwenTower}
+    if kind not in towers:
+        raise ModelError(f"the reference has no path for model_type '{kind}'; it has one for: {', '.join(towers)}")
     ends = model.generation_config.eos_token_id
     if ends is None:
         ends = model.config.get_text_config().eos_token_id
     eos = tuple(int(i) for i in ends) if isinstance(ends, list | tuple) else () if ends is None else (int(ends),)
-    return ReferenceModel(model, _ClipTower(model), model.model.language_model, model.lm_head, eos)
+    return ReferenceModel(model, towers[kind](model), model.model.language_model, model.lm_head, eos)

@@ -87,6 +87,7 @@ class ReferenceTurn:
         stages: in the order they ran, encoder sites of all pictures first.
         blocks: the prompt at every block of the plan; empty unless the reference was made with `trace=True`.
         cache_rows: per decoder layer, KV rows after the turn.
+        positions: `[r, T]` rotary positions of the prompt; None once read back from a file.
     """
 
     tokens: tuple[int, ...]
@@ -95,6 +96,7 @@ class ReferenceTurn:
     stages: tuple[StageTrace, ...]
     blocks: tuple[BlockTrace, ...]
     cache_rows: tuple[int, ...]
+    positions: NDArray[np.int64] | None = None
 
     @property
     def greedy(self) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from tmc_export.plan.types import Plan, VisionPlan
 from tmc_export.runtime._chat import expand_image_tokens
 from tmc_export.verify.compare import Check, compare_indices, compare_logits, compare_tensor
 from tmc_export.verify.half import RangeRecorder
-from tmc_export.verify.recorded import Case
+from tmc_export.verify.recorded import Case, CaseTurn
 from tmc_export.verify.reference import Reference, ReferenceTurn
 from tmc_export.verify.tolerances import FLOAT16_MAX, Tolerance, margin_bound, tolerance
 
@@ -47,18 +47,19 @@ def compare_with_generate(model: Path, plan: Plan, cases: Sequence[Case], table:
     for case in cases:
         turn = case.turns[0]
         steps = len(turn.expected.tokens)
-        ids, group = expand_image_tokens(turn.ids, plan.facts.image_token, [reference.visual_tokens(p) for p in turn.pixels])
-        tokens, logits = _generate(reference.model.whole, turn.pixels, ids, steps)
+        ids, group = expand_image_tokens(turn.ids, plan.facts.image_token, reference.visual_tokens(turn.pixels, turn.buckets))
+        tokens, logits = _generate(reference, turn, ids, torch.from_numpy(group), steps)
         reference.reset()
-        found = reference.turn(turn.pixels, ids, group.astype(np.int64), forced=tokens)
+        found = reference.turn(turn.pixels, ids, group.astype(np.int64), forced=tokens, buckets=turn.buckets)
         yield compare_logits(f"{case.name}/logits", found.logits, logits, table)
 
 
-def _generate(whole: Any, pixels: Sequence[Any], ids: Any, steps: int) -> tuple[list[int], Any]:
+def _generate(reference: Reference, turn: CaseTurn, ids: Any, group: torch.Tensor, steps: int) -> tuple[list[int], Any]:
     """Greedy `generate()` past end tokens, so that every step can be compared: tokens and `[steps, vocabulary]`."""
     given = torch.from_numpy(ids)[None]
-    pictures = {"pixel_values": torch.from_numpy(np.stack(pixels))} if pixels else {}
-    out = whole.generate(
+    model, plans = reference.model, reference.buckets(turn.pixels, turn.buckets)
+    pictures = model.tower.generate_inputs([torch.from_numpy(p) for p in turn.pixels], plans, group) if plans else {}
+    out = model.whole.generate(
         input_ids=given,
         attention_mask=torch.ones_like(given),
         max_new_tokens=steps,
@@ -84,8 +85,8 @@ def compare_with_recorded(model: Path, plan: Plan, cases: Sequence[Case], table:
     for case in cases:
         reference.reset()
         for number, turn in enumerate(case.turns, start=1):
-            ids, group = expand_image_tokens(turn.ids, plan.facts.image_token, [reference.visual_tokens(p) for p in turn.pixels])
-            found = reference.turn(turn.pixels, ids, group.astype(np.int64), forced=turn.expected.tokens)
+            ids, group = expand_image_tokens(turn.ids, plan.facts.image_token, reference.visual_tokens(turn.pixels, turn.buckets))
+            found = reference.turn(turn.pixels, ids, group.astype(np.int64), forced=turn.expected.tokens, buckets=turn.buckets)
             checks = list(_same_turn(f"{case.name}/turn {number}", found, turn.expected, table))
             yield from checks
             if any(c.exceptions for c in checks):
@@ -116,25 +117,29 @@ def compare_half(model: Path, plan: Plan, case: Case, *, judged: bool) -> tuple[
         model: the checkpoint.
         plan: the bundle's plan.
         case: its first turn is used.
-        judged: an overflow is a failure; without it (a float32 bundle) it is only said.
+        judged: an overflow is a failure; without it (activations stay in float32) it is only said.
 
     Returns:
         The checks, and a line for the report.
     """
     turn = case.turns[0]
     reference = Reference(model, plan)
-    ids, group = expand_image_tokens(turn.ids, plan.facts.image_token, [reference.visual_tokens(p) for p in turn.pixels])
+    ids, group = expand_image_tokens(turn.ids, plan.facts.image_token, reference.visual_tokens(turn.pixels, turn.buckets))
     modules = {name: module for name, module in reference.model.whole.named_modules() if name}
     with RangeRecorder(modules) as recorder:
-        exact = reference.turn(turn.pixels, ids, group.astype(np.int64), forced=turn.expected.tokens)
+        exact = reference.turn(turn.pixels, ids, group.astype(np.int64), forced=turn.expected.tokens, buckets=turn.buckets)
     ranges = recorder.ranges()
     largest = ranges[0]
     over, near = [r for r in ranges if r.overflows], [r for r in ranges if r.near]
     note = f"largest |x| {largest.largest:.4g} ({largest.place}), float16 holds {FLOAT16_MAX:g}"
     if near and not over:
         note += f"; warning: {len(near)} operators come above half of that"
-    checks = [Check("overflow", None, not (over and judged), f"{len(over)} operators exceed float16, first {over[0].place}" if over else "")]
-    half = Reference(model, plan, dtype="float16").turn(turn.pixels, ids, group.astype(np.int64), forced=turn.expected.tokens)
+    checks = [
+        Check("overflow", None, not (over and judged), f"{len(over)} operators exceed float16, first {over[0].place}" if over else "")
+    ]
+    half = Reference(model, plan, dtype="float16").turn(
+        turn.pixels, ids, group.astype(np.int64), forced=turn.expected.tokens, buckets=turn.buckets
+    )
     table = tolerance("end_to_end", "float16")
     same = [s.kept.tolist() for s in half.stages] == [s.kept.tolist() for s in exact.stages]
     checks.append(compare_logits(f"{case.name}/logits in torch half", half.logits, exact.logits, table))

@@ -17,6 +17,9 @@ from tmc_export.verify.tolerances import FLOAT16_MAX
 
 __all__ = ["Range", "RangeRecorder"]
 
+_MASK = 1e37
+"""Magnitudes from here on are written, not computed: infinities of masks, and what methods put in place of scores that do not count."""
+
 
 @dataclass(frozen=True)
 class Range:
@@ -42,7 +45,7 @@ class Range:
 
 
 class RangeRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records max |x| per module and operator while active. Masks (minus infinity) do not count.
+    """Records max |x| per module and operator while active. Masks do not count.
 
     Args:
         modules: the model's modules by name, whose entry and exit say where an operator runs.
@@ -69,6 +72,8 @@ class RangeRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator and look at its floating outputs."""
         out = func(*args, **(kwargs or {}))
+        if "empty" in str(func):  # memory as it was found: nothing has been computed yet
+            return out
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.numel():
                 self._see(f"{self._where[-1]}: {func}", tensor)
@@ -76,7 +81,7 @@ class RangeRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _see(self, place: str, tensor: torch.Tensor) -> None:
         values = tensor.detach().float()
-        finite = torch.where(torch.isfinite(values), values.abs(), 0.0)
+        finite = torch.where(values.abs() < _MASK, values.abs(), 0.0)
         self._found[place] = max(self._found.get(place, 0.0), float(finite.max()))
 
     def ranges(self) -> Sequence[Range]:

@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from tmc_export.bundle.manifest import Manifest
 from tmc_export.bundle.read import check_files, open_manifest
@@ -26,12 +25,11 @@ from tmc_export.runtime.session import load
 from tmc_export.verify.play import play
 from tmc_export.verify.recorded import Case, read_cases
 from tmc_export.verify.rungs import Ladder, Rung, not_run, rung_of
-from tmc_export.verify.tolerances import tolerance
+from tmc_export.verify.tolerances import Precision, tolerance
 
 __all__ = ["RUNGS", "climb", "recorded_ladder"]
 
 Progress = Callable[[str], None]
-Precision = Literal["float32", "float16", "int4"]
 
 RUNGS = (
     "files",
@@ -82,6 +80,7 @@ def _end_to_end(bundle: Path, cases: Sequence[Case], precision: Precision) -> tu
 
 
 def _precision_of_manifest(manifest: Manifest) -> Precision:
+    """As `precision_of`, from the recorded plan."""
     quantize = manifest.plan.get("quantize")
     schemes = {str(p.get("weights")) for p in quantize.values() if isinstance(p, dict)} if isinstance(quantize, dict) else set()
     if "int4" in schemes:
@@ -156,7 +155,9 @@ def _plan(manifest: Manifest, model: Path) -> tuple[Plan, ModelFiles, str | None
     now, built = plan_json(plan), manifest.plan
     differing = sorted(k for k in {*now, *built} if now.get(k) != built.get(k))
     if differing:
-        raise ParityError(f"the recipe gives another plan now than when the bundle was built ({', '.join(differing)} differ); build it again")
+        raise ParityError(
+            f"the recipe gives another plan now than when the bundle was built ({', '.join(differing)} differ); build it again"
+        )
     return plan, files, recipe.inputs.fit
 
 
@@ -174,7 +175,9 @@ def _with_plan(shared: _Climb) -> list[Rung]:
 
     recorded = list(read_cases(shared.bundle))
     if not recorded:
-        return [not_run(RUNGS[2], "the bundle holds no recorded conversations to compare with; later rungs compare with the reference itself")]
+        return [
+            not_run(RUNGS[2], "the bundle holds no recorded conversations to compare with; later rungs compare with the reference itself")
+        ]
     checks = list(compare_with_recorded(shared.model, shared.plan, recorded, tolerance("eager", "float32")))
     return [rung_of(RUNGS[2], checks, "the reference with the plan, against the bundle's recorded outputs")]
 
@@ -196,5 +199,5 @@ def _half_range(shared: _Climb) -> Rung:
     """Largest magnitudes in float32, and the same conversation in torch's half precision."""
     from tmc_export.verify.against import compare_half
 
-    checks, note = compare_half(shared.model, shared.plan, shared.cases[-1], judged=shared.precision != "float32")
+    checks, note = compare_half(shared.model, shared.plan, shared.cases[-1], judged=shared.plan.dtype == "float16")
     return rung_of(RUNGS[5], checks, note)

@@ -52,7 +52,8 @@ def play(session: Session, cases: Iterable[Case], tolerance: Tolerance, precisio
 
 def _play_turn(session: Session, name: str, turn: CaseTurn, tolerance: Tolerance, precision: str, route: Route) -> Iterable[Check]:
     want, program = turn.expected, session.program
-    laid = session.prompt(turn.ids, _bucketed(session, turn.pixels))
+    pixels = [(b, p[None].astype(program.dtype)) for b, p in zip(turn.buckets, turn.pixels, strict=True)]
+    laid = session.prompt(turn.ids, pixels)
     for picture, tokens_wanted in enumerate(want.vision):
         file = program.vision[laid.pixels[picture][0]].file
         got = laid.tokens[picture] if picture < len(laid.tokens) else None
@@ -73,18 +74,6 @@ def _play_turn(session: Session, name: str, turn: CaseTurn, tolerance: Tolerance
     rows = tuple(s.used for s in session.decoder.slots for _ in range(s.block.first, s.block.last))
     fine = rows == want.cache_rows
     yield Check(f"{name}/KV rows", None, fine, "" if fine else f"{rows} rows are filled, the reference holds {want.cache_rows}")
-
-
-def _bucketed(session: Session, pixels: Sequence[NDArray[np.float32]]) -> list[tuple[int, Array]]:
-    """Find each picture's bucket by its shape."""
-    shapes = [tuple(int(s) for s in _shape(session, i)) for i in range(len(session.program.vision))]
-    return [(shapes.index(p.shape), p[None].astype(session.program.dtype)) for p in pixels]
-
-
-def _shape(session: Session, bucket: int) -> tuple[int, ...]:
-    from tmc_export.core.image_rule import ImageRule
-
-    return tuple(ImageRule.from_json(dict(session.program.vision[bucket].rule)).shape)
 
 
 def _sources(name: str, laid: Prompt, picture: int, stages: Sequence[StageTrace], precision: str, file: str) -> Iterable[Check]:

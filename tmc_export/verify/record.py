@@ -36,10 +36,10 @@ _QUESTIONS = ("What is in the picture?", "How many things are there?", "Which co
 
 @dataclass(frozen=True)
 class Script:
-    """A conversation before it is answered: per turn, the pictures and the text ids (one image token per picture)."""
+    """A conversation before it is answered: per turn, the pictures with their buckets, and the text ids (one image token per picture)."""
 
     name: str
-    turns: tuple[tuple[tuple[NDArray[np.float32], ...], tuple[int, ...]], ...]
+    turns: tuple[tuple[tuple[tuple[int, NDArray[np.float32]], ...], tuple[int, ...]], ...]
 
 
 class _Writer:
@@ -55,8 +55,8 @@ class _Writer:
         self.template = ChatTemplate.from_folder(folder, self.tokenizer.special_tokens)
         self.draw = np.random.default_rng(0)
 
-    def picture(self, image: ImageLike | None = None) -> NDArray[np.float32]:
-        """Prepare a picture; without one, a made-up one: soft colours, and noise so that no two tokens are alike."""
+    def picture(self, image: ImageLike | None = None) -> tuple[int, NDArray[np.float32]]:
+        """Prepare a picture for its bucket; without one, a made-up one: soft colours, and noise so that no two tokens are alike."""
         if image is None:
             rule = self.rules[int(self.draw.integers(len(self.rules)))]
             coarse = self.draw.uniform(0, 255, (8, 8, 3))
@@ -65,7 +65,8 @@ class _Writer:
             fine = self.draw.uniform(0, 255, (rule.height, rule.width, 3))
             image = (0.8 * coarse[rows][:, columns] + 0.2 * fine).astype(np.uint8)
         loaded = load_image(image)
-        return prepare(loaded, self.rules[choose_bucket((loaded.height, loaded.width), self.rules)])
+        bucket = choose_bucket((loaded.height, loaded.width), self.rules)
+        return bucket, prepare(loaded, self.rules[bucket])
 
     def noise(self, count: int) -> list[int]:
         """Random text ids: neither special nor an image token."""
@@ -107,7 +108,7 @@ def made_up_scripts(
     writer, room = _Writer(folder, plan, files, fit), plan.text_tokens
     given = list(pictures)
 
-    def shown(count: int) -> tuple[NDArray[np.float32], ...]:
+    def shown(count: int) -> tuple[tuple[int, NDArray[np.float32]], ...]:
         return tuple(writer.picture(given.pop(0) if given else None) for _ in range(count))
 
     scripts = [Script("text", (((), writer.random(0, max(2, room // 4))),))]
@@ -130,12 +131,12 @@ def answer(reference: Reference, script: Script, plan: Plan, steps: int = STEPS)
     reference.reset()
     turns: list[CaseTurn] = []
     share = max(1, min(steps, plan.new_tokens // len(script.turns)))
-    for pixels, ids in script.turns:
+    for pictures, ids in script.turns:
+        buckets, pixels = tuple(b for b, _ in pictures), tuple(p for _, p in pictures)
         carried = (turns[-1].expected.tokens[-1], *ids) if turns else ids
-        counts = [reference.visual_tokens(p) for p in pixels]
-        expanded, group = expand_image_tokens(carried, plan.facts.image_token, counts)
-        found = reference.turn(pixels, expanded, group.astype(np.int64), max_new_tokens=share, until_eos=False)
-        turns.append(CaseTurn(pixels, carried, found))
+        expanded, group = expand_image_tokens(carried, plan.facts.image_token, reference.visual_tokens(pixels, buckets))
+        found = reference.turn(pixels, expanded, group.astype(np.int64), max_new_tokens=share, until_eos=False, buckets=buckets)
+        turns.append(CaseTurn(pixels, buckets, carried, found))
     return Case(script.name, tuple(turns))
 
 

@@ -34,11 +34,13 @@ class CaseTurn:
 
     Attributes:
         pixels: per picture, the prepared input without a batch axis.
+        buckets: per picture, the index of its bucket.
         ids: text ids, one image token per picture; from the second turn on beginning with the last token of the turn before.
         expected: what the reference answered; `blocks` is empty once it has been read back from a file.
     """
 
     pixels: tuple[NDArray[np.float32], ...]
+    buckets: tuple[int, ...]
     ids: tuple[int, ...]
     expected: ReferenceTurn
 
@@ -66,7 +68,7 @@ def write_case(folder: Path, case: Case) -> Path:
             if stage.scores is not None:
                 arrays[f"{number}.stage.{i}.scores"] = stage.scores
         stages = [{name: getattr(s, name) for name in _STAGE} for s in answer.stages]
-        meta.append({"pictures": len(turn.pixels), "stages": stages})
+        meta.append({"buckets": list(turn.buckets), "stages": stages})
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{case.name}.npz"
     with path.open("wb") as file:
@@ -103,7 +105,8 @@ def _turn(arrays: Mapping[str, Array], number: int, entry: Mapping[str, Any]) ->
                 **{name: facts[name] for name in _STAGE},
             )
         )
-    pictures = range(int(entry["pictures"]))
+    buckets = tuple(int(b) for b in entry["buckets"])
+    pictures = range(len(buckets))
     answer = ReferenceTurn(
         tokens=tuple(int(t) for t in arrays[f"{number}.tokens"]),
         logits=arrays[f"{number}.logits"],
@@ -112,4 +115,5 @@ def _turn(arrays: Mapping[str, Array], number: int, entry: Mapping[str, Any]) ->
         blocks=(),
         cache_rows=tuple(int(r) for r in arrays[f"{number}.cache_rows"]),
     )
-    return CaseTurn(tuple(arrays[f"{number}.pixels.{i}"] for i in pictures), tuple(int(t) for t in arrays[f"{number}.ids"]), answer)
+    pixels = tuple(arrays[f"{number}.pixels.{i}"] for i in pictures)
+    return CaseTurn(pixels, buckets, tuple(int(t) for t in arrays[f"{number}.ids"]), answer)

@@ -18,10 +18,11 @@ from torch import Tensor
 from tmc_export.core.errors import RuntimeInputError
 from tmc_export.plan.types import Plan, VisionPlan
 from tmc_export.verify._decode import Decoder
+from tmc_export.verify._positions import rotary_positions
 from tmc_export.verify._see import Seen, see
 from tmc_export.verify._towers import load_model
 from tmc_export.verify._trace import BlockTrace, ReferenceTurn, StageTrace
-from tmc_export.verify.tolerances import margin_bound
+from tmc_export.verify.tolerances import margin_bound, precision_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,6 +37,7 @@ class _History:
     ids: Tensor
     group: Tensor
     pictures: list[Seen]
+    buckets: list[VisionPlan]
 
 
 class Reference:
@@ -55,7 +57,7 @@ class Reference:
         self.plan = plan
         self.dtype = torch.float16 if dtype == "float16" else torch.float32
         self.model = load_model(Path(model_folder), self.dtype)
-        self.noise = margin_bound(dtype)
+        self.noise = margin_bound(precision_of(plan))
         self._decoder = Decoder(self.model, plan, self.noise, trace)
         self.reset()
 
@@ -63,7 +65,7 @@ class Reference:
         """Begin a new conversation."""
         self._decoder.reset()
         empty = torch.zeros(0, dtype=torch.int64)
-        self._history = _History(empty, empty, [])
+        self._history = _History(empty, empty, [], [])
 
     @torch.no_grad()
     def turn(
@@ -75,40 +77,49 @@ class Reference:
         max_new_tokens: int = 16,
         forced: Sequence[int] | None = None,
         until_eos: bool = True,
+        buckets: Sequence[int] | None = None,
     ) -> ReferenceTurn:
         """Answer one turn greedily, or along `forced`.
 
         Args:
-            pixels: this turn's pictures, each prepared for its bucket: `[3, H, W]`.
+            pixels: this turn's pictures, each prepared for its bucket: `[3, H, W]`, or patches `[n, values]`.
             input_ids: `[T]`, one id for every visual token (after the projector's stages); from the second turn on beginning with the last
                 token of the turn before, which has not been fed.
             group: `[T]` 0 for text, p for a visual token of the p-th picture of this turn.
-            positions: `[r, T]` rotary positions; counted on when left out.
+            positions: `[r, T]` rotary positions; the model's own when left out.
             max_new_tokens: most tokens of the answer.
             forced: take these as the answer instead of the most likely ones (teacher forcing); `max_new_tokens` is then not read.
             until_eos: stop at an end token; without it, `max_new_tokens` are answered in any case.
+            buckets: index of each picture's bucket; found by its shape when left out.
 
         Raises:
             RuntimeInputError: the ids, groups and pictures do not belong together.
             ExportError: a method returned something else than its layout promises, or asks for what the reference does not capture.
         """
-        seen = [self._see(picture, number) for number, picture in enumerate(pixels, start=1)]
+        plans = self.buckets(pixels, buckets)
+        inputs = [torch.from_numpy(p)[None].to(self.dtype) for p in pixels]
+        seen = [see(self.model.tower, v, p, i, self.noise) for i, (v, p) in enumerate(zip(plans, inputs, strict=True), start=1)]
         ids, groups = torch.from_numpy(np.asarray(input_ids, np.int64)), torch.from_numpy(np.asarray(group, np.int64))
         _check(ids, groups, seen)
-        shown = list(seen)
+        shown, shown_plans = list(seen), list(plans)
         if self.plan.turns == "recompute":
             past = self._history
             offset = len(past.pictures)
             ids, groups = torch.cat([past.ids, ids]), torch.cat([past.group, torch.where(groups > 0, groups + offset, 0)])
-            shown = past.pictures + seen
+            shown, shown_plans = past.pictures + seen, past.buckets + plans
             self._decoder.reset()
         decoder = self._decoder
         decoder.stages, decoder.blocks = [], []
-        rotary = None if positions is None else torch.from_numpy(np.asarray(positions, np.int64))
+        start = decoder.next_position.get(-1, 0)
+        rotary = rotary_positions(self.model.whole, groups, shown_plans, shown, start)
+        if positions is not None:
+            rotary = torch.from_numpy(np.asarray(positions, np.int64)), int(np.max(positions)) + 1
         ends = self.model.eos if until_eos and forced is None else ()
-        logits, answer = self._answer(ids, groups, shown, rotary, max_new_tokens if forced is None else len(forced), forced, ends)
+        logits, answer, prompt = self._answer(ids, groups, shown, rotary, max_new_tokens if forced is None else len(forced), forced, ends)
         text = torch.zeros(max(len(answer) - 1, 0), dtype=torch.int64)
-        self._history = _History(torch.cat([ids, torch.tensor(answer[:-1], dtype=torch.int64)]), torch.cat([groups, text]), shown)
+        self._history = _History(
+            torch.cat([ids, torch.tensor(answer[:-1], dtype=torch.int64)]), torch.cat([groups, text]), shown, shown_plans
+        )
         return ReferenceTurn(
             tokens=tuple(answer),
             logits=np.stack([row.numpy() for row in logits]),
@@ -116,46 +127,56 @@ class Reference:
             stages=(*(t for s in seen for t in s.traces), *decoder.stages),
             blocks=tuple(decoder.blocks),
             cache_rows=tuple(int(o.shape[0]) for o in decoder.cache.orders),
+            positions=prompt,
         )
 
-    def visual_tokens(self, pixels: NDArray[np.float32]) -> int:
-        """Return how many ids a prepared picture takes in a prompt."""
-        return self._bucket(pixels).tokens
+    def buckets(self, pixels: Sequence[NDArray[np.float32]], chosen: Sequence[int] | None = None) -> list[VisionPlan]:
+        """Return the bucket of each prepared picture: the chosen one, or the one whose pictures have this shape.
 
-    def _see(self, pixels: NDArray[np.float32], number: int) -> Seen:
-        return see(self.model.tower, self._bucket(pixels), torch.from_numpy(pixels)[None].to(self.dtype), number, self.noise)
+        Raises:
+            RuntimeInputError: no bucket, or several, take a picture of this shape.
+        """
+        shapes = [self.model.tower.shape(v) for v in self.plan.vision]
+        found: list[VisionPlan] = []
+        for number, picture in enumerate(pixels):
+            fitting = [i for i, s in enumerate(shapes) if s == picture.shape and (chosen is None or chosen[number] == i)]
+            if len(fitting) != 1:
+                sizes = ", ".join(f"{i}: {list(s)}" for i, s in enumerate(shapes)) or "none"
+                what = "no bucket" if not fitting else f"buckets {fitting}; say which"
+                raise RuntimeInputError(f"a picture of shape {list(picture.shape)} fits {what}; the plan's buckets take: {sizes}")
+            found.append(self.plan.vision[fitting[0]])
+        return found
 
-    def _bucket(self, pixels: NDArray[np.float32]) -> VisionPlan:
-        found = [v for v in self.plan.vision if tuple(pixels.shape[-2:]) == v.size]
-        if not found:
-            sizes = ", ".join(f"{v.size[0]}x{v.size[1]}" for v in self.plan.vision) or "none"
-            raise RuntimeInputError(f"a picture of shape {list(pixels.shape)} fits no bucket; the plan's are: {sizes}")
-        return found[0]
+    def visual_tokens(self, pixels: Sequence[NDArray[np.float32]], buckets: Sequence[int] | None = None) -> list[int]:
+        """Return how many ids each prepared picture takes in a prompt."""
+        return [v.tokens for v in self.buckets(pixels, buckets)]
 
     def _answer(
         self,
         ids: Tensor,
         group: Tensor,
         pictures: Sequence[Seen],
-        positions: Tensor | None,
+        rotary: tuple[Tensor, int] | None,
         steps: int,
         forced: Sequence[int] | None,
         ends: Sequence[int],
-    ) -> tuple[list[Tensor], list[int]]:
-        """Prefill, then one token at a time, up to `steps` tokens or one of `ends`."""
+    ) -> tuple[list[Tensor], list[int], NDArray[np.int64]]:
+        """Prefill, then one token at a time, up to `steps` tokens or one of `ends`; also the prompt's positions."""
         decoder = self._decoder
         hidden, source = decoder.embed(ids), torch.full_like(ids, -1)
         for number, picture in enumerate(pictures, start=1):
             hidden[:, group == number] = picture.tokens
             source[group == number] = picture.source[0]
         decoder.turn_visual = torch.arange(decoder.places, decoder.places + ids.shape[0])[group > 0]
-        logits = [decoder.feed(hidden, positions, group, source, select=True)]
+        positions, following = (None, None) if rotary is None else rotary
+        logits = [decoder.feed(hidden, positions, group, source, select=True, following=following)]
+        prompt = decoder.positions.numpy().copy()
         answer: list[int] = []
         while True:
             token = int(logits[-1].argmax()) if forced is None else int(forced[len(answer)])
             answer.append(token)
             if len(answer) >= steps or token in ends:
-                return logits, answer
+                return logits, answer, prompt
             one = torch.zeros(1, dtype=torch.int64)
             logits.append(decoder.feed(decoder.embed(one + token), None, one, one - 1, select=False))
 

@@ -53,7 +53,9 @@ class Rung:
         if self.checks:
             parts.append(f"{len(self.checks) - len(self.failures)} of {len(self.checks)} checks")
         if (figures := self.worst) is not None:
-            parts.append(f"max abs {figures.max_abs:.2g}, relative {figures.max_rel:.2g}, cosine {figures.cosine:.7f}, SQNR {figures.sqnr_db:.1f} dB")
+            parts.append(
+                f"max abs {figures.max_abs:.2g}, relative {figures.max_rel:.2g}, cosine {figures.cosine:.7f}, SQNR {figures.sqnr_db:.1f} dB"
+            )
             if figures.kl is not None and figures.top1 is not None:
                 parts.append(f"top-1 {figures.top1:.1%}, KL {figures.kl:.2g}")
         if any("/" in c.name for c in self.checks):

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tmc_export.bundle.program import BlockProgram, CutProgram, GraphPhase, Program
-from tmc_export.core.image_rule import ImageRule
 from tmc_export.runtime._backend import Backend, BackendOptions, open_backend
 from tmc_export.runtime._chat import expand_image_tokens
 from tmc_export.verify._trace import BlockTrace
@@ -62,7 +61,6 @@ class _Runner:
     def __init__(self, program: Program, backend: Backend, tolerance: Tolerance, precision: str) -> None:
         self.program, self.backend, self.tolerance, self.precision = program, backend, tolerance, precision
         self.queries: dict[str, Array] = {}
-        self.shapes = [tuple(ImageRule.from_json(dict(v.rule)).shape) for v in program.vision]
 
     def _float(self, array: Array) -> Array:
         return np.ascontiguousarray(array, dtype=self.program.dtype)
@@ -71,7 +69,7 @@ class _Runner:
     def vision(self, name: str, turn: CaseTurn) -> Iterator[Check]:
         """Pixels → tokens and sources, picture by picture."""
         for picture, pixels in enumerate(turn.pixels):
-            spec = self.program.vision[self.shapes.index(pixels.shape)]
+            spec = self.program.vision[turn.buckets[picture]]
             out = self.backend.graph(spec.file).run({"pixels": self._float(pixels[None])})
             label, ties = f"{name}/picture {picture + 1}", False
             wanted = [s for s in turn.expected.stages if s.picture == picture + 1 and not s.at.startswith("decoder")]
@@ -187,7 +185,10 @@ class _Runner:
         for picture, tokens in enumerate(turn.expected.vision):
             hidden[group == picture + 1] = tokens
         places = np.arange(ids.shape[0])
-        return hidden, np.broadcast_to(places, (self.program.rope_axes, ids.shape[0])), places, group.astype(np.int64)
+        positions = turn.expected.positions
+        if positions is None:
+            positions = np.broadcast_to(places, (self.program.rope_axes, ids.shape[0]))
+        return hidden, positions, places, group.astype(np.int64)
 
     def _cut_feed(
         self, cut: CutProgram, before: BlockTrace | None, hidden: Array, positions: Array, order: Array, group: Array

@@ -8,10 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from tmc_export.core.errors import ParityError
 
-__all__ = ["FLOAT16_MAX", "MARGINS", "TOLERANCES", "Tolerance", "margin_bound", "tolerance"]
+if TYPE_CHECKING:
+    from tmc_export.plan.types import Plan
+
+__all__ = ["FLOAT16_MAX", "MARGINS", "TOLERANCES", "Precision", "Tolerance", "margin_bound", "precision_of", "tolerance"]
+
+Precision = Literal["float32", "float16", "int4"]
 
 FLOAT16_MAX = 65504.0
 """The largest float16; a tensor above it overflows, one above half of it leaves no room for another input."""
@@ -74,6 +80,14 @@ MARGINS: Mapping[str, tuple[float, str]] = {
     "float16": (1e-2, "scores are float32, but the hidden states they come from carry float16's subgraph rtol"),
     "int4": (1e-1, "weights differ by their quantization step; other tokens may rightly be kept, so only clear choices are compared"),
 }
+
+
+def precision_of(plan: Plan) -> Precision:
+    """Return the row of the tables that a plan's weights belong to: the coarsest scheme of its parts."""
+    schemes = {scheme.weights for scheme in plan.quantize.values()}
+    if "int4" in schemes:
+        return "int4"
+    return "float16" if "fp16" in schemes or plan.dtype != "float32" else "float32"
 
 
 def tolerance(rung: str, precision: str) -> Tolerance:
