@@ -19,7 +19,6 @@ from tmc_export.export.skeleton import make_skeleton
 from tmc_export.export.store import WeightStore
 from tmc_export.families import FAMILIES
 from tmc_export.families._contract import DecoderParts, Family, ModelFiles
-from tmc_export.passes.fold_weight_transposes import FoldWeightTransposesPass
 from tmc_export.passes.pipeline import clean, specialize
 from tmc_export.plan.types import BlockPlan, CutPlan, Plan, VisionPlan
 from tmc_export.surgery.attention import register_attention
@@ -68,7 +67,6 @@ class _Exporter:
             module, inputs, input_names=names[0], output_names=names[1], symbols=symbols, model=self.model,
             checkpoint=self.checkpoint, opset=self.opset,
         )  # fmt: skip
-        FoldWeightTransposesPass()(model)  # before any folding, so that weights keep their names and stay lazy
         return clean(model)
 
     def _save(self, model: ir.Model, name: str, sizes: dict[str, int], kind: GraphKind, data: str) -> str:

@@ -65,7 +65,7 @@ class Checkpoint:
         if dtype == torch.float16 and tensor.dtype != torch.float16:
             peak = float(tensor.abs().max()) if tensor.numel() else 0.0
             if not peak <= torch.finfo(torch.float16).max:
-                raise ModelError(f"tensor '{name}' holds {peak:g}, above float16's 65504; build with model.dtype: float32 or bfloat16")
+                raise ModelError(f"tensor '{name}' holds {peak:g}, above float16's 65504; build with model.dtype: float32")
         return tensor.to(dtype)
 
 

@@ -24,9 +24,9 @@ _FOLD_INPUT, _FOLD_OUTPUT = 1 << 16, 1 << 22
 def clean(model: ir.Model) -> ir.Model:
     """Passes that a traced graph gets once, still symbolic: identities, common terms, weights as MatMul reads them."""
     names = output_names(model)
+    FoldWeightTransposesPass()(model)  # first: the optimizer would evaluate a weight to fold its Transpose
     optimizer.optimize_ir(model, input_size_limit=_FOLD_INPUT, output_size_limit=_FOLD_OUTPUT, onnx_shape_inference=False)
     passes = ir.passes.Sequential(
-        FoldWeightTransposesPass(),
         common.CommonSubexpressionEliminationPass(),
         common.IdentityEliminationPass(),
         common.RemoveUnusedNodesPass(),

@@ -238,7 +238,7 @@ def _check_keep(recipe: Recipe, plan: Plan) -> None:
     scheme: QuantizePlan | None = plan.quantize.get("decoder")
     names = [f"layers.{layer}.{linear}" for layer in range(plan.facts.decoder.layers) for linear in LINEARS]
     for index, wanted in enumerate(scheme.keep if scheme is not None else ()):
-        if not any(wanted in name for name in names):
+        if not any(f".{wanted}." in f".{name}." for name in names):
             raise LegalityError(
                 f"{recipe.origin(('quantize', 'decoder', 'keep', index))}: keep: '{wanted}' matches no linear of the decoder; "
                 f"they are layers.<0 to {plan.facts.decoder.layers - 1}>.{{{', '.join(LINEARS)}}}"
