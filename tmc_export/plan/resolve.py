@@ -242,7 +242,8 @@ def _cut(recipe: Recipe, facts: ModelFacts, found: Sequence[tuple[Entry, Stage]]
         if place.mixed is not None and (entry.scope != "joint" or stage.at.layer != place.mixed):
             raise LegalityError(
                 f"{entry.origin('scope')}: method '{entry.name}' at {stage.at} comes after a stage of scope: joint at "
-                f"decoder.{place.mixed}, where pictures lost their own counts; a joint stage must be the last: leave out scope: joint, or this stage"
+                f"decoder.{place.mixed}, where pictures lost their own counts; a joint stage must be the last: "
+                "leave out scope: joint, or this stage"
             )
         joint = images if entry.scope == "joint" else 1
         place.mixed = stage.at.layer if joint > 1 else place.mixed
