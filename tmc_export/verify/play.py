@@ -43,7 +43,11 @@ def play(session: Session, cases: Iterable[Case], tolerance: Tolerance, precisio
     for case in cases:
         session.reset()
         for number, turn in enumerate(case.turns):
-            found = list(_play_turn(session, f"{case.name}/turn {number + 1}", turn, tolerance, precision, route))
+            name = f"{case.name}/turn {number + 1}"
+            try:
+                found = list(_play_turn(session, name, turn, tolerance, precision, route))
+            except KeyError as error:
+                found = [Check(name, None, False, f"the output {error} is missing")]
             checks += found
             if any(c.exceptions for c in found):
                 break

@@ -1,0 +1,37 @@
+"""`tmc-export verify`: is a bundle whole, and does it compute what the model computes?"""
+
+from __future__ import annotations
+
+import click
+
+__all__ = ["command"]
+
+
+@click.command()
+@click.argument("bundle", type=click.Path())
+@click.option("--model", type=click.Path(), help="The checkpoint's folder: climb the full ladder (needs the extra 'export').")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+def command(bundle: str, model: str | None, as_json: bool) -> None:
+    """Check the hashes of BUNDLE and play its recorded conversations; no torch, no checkpoint.
+
+    With --model every subgraph, and the bundle as a whole, is compared with the model itself. A rung that cannot run says so. Exit code 4
+    means that something differs; the first bad subgraph is named.
+    """
+    import json
+    from pathlib import Path
+
+    from tmc_export.core.lazy import require
+    from tmc_export.verify.ladder import climb, recorded_ladder
+
+    def say(rung: str) -> None:
+        if not as_json:
+            click.echo(f"checking {rung} ...", err=True)
+
+    if model is None:
+        ladder = recorded_ladder(Path(bundle), say)
+    else:
+        for package in ("torch", "transformers"):
+            require(package, extra="export", purpose="verify against a checkpoint")
+        ladder = climb(Path(bundle), Path(model), say)
+    click.echo(json.dumps(ladder.to_json(), indent=2) if as_json else ladder.text())
+    ladder.raise_if_failed()
