@@ -53,7 +53,7 @@ TEXT = [0] * 5
 @pytest.mark.parametrize("cuts", [(), FASTV, PYRAMID, CARVE, MIXED, EARLY], ids=["none", "fastv", "pyramid", "carve", "mixed", "early"])
 @pytest.mark.parametrize("route", ["whole", "chunked"])
 def test_one_picture(cuts: tuple[CutSpec, ...], route: Route) -> None:
-    for group in (ONE, FIRST):
+    for group in (ONE, FIRST, [0, *FIRST, 0, 0, 0, 0, 0]):  # the last fills the bucket
         decoder, _ = _decoder(cuts)
         assert _say(decoder, Plain(cuts), group, route=route) == route
 
@@ -89,7 +89,7 @@ def test_kv_pruned_in_earlier_layers_needs_one_set_per_block(monkeypatch: pytest
     assert [s.used for s in decoder.slots] == [0, 0], "the turn is undone"
 
 
-@pytest.mark.parametrize("count", [3, 10, 11, 16])
+@pytest.mark.parametrize("count", [3, 10, 11, 13, 16])
 def test_a_text_only_turn_is_cut_nowhere_and_fits_every_bucket_or_goes_in_chunks(count: int) -> None:
     """Behind the cut the bucket holds 3 + 8 tokens; a longer text must not be fed to a prefill graph in two pieces that do not see each
     other."""
