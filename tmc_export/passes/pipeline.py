@@ -10,8 +10,10 @@ import onnx_ir.passes.common as common
 from onnxscript import optimizer
 
 from tmc_export.passes.assert_static import AssertStaticPass
+from tmc_export.passes.divide_by_root import DivideByRootPass
 from tmc_export.passes.drop_empty_inputs import DropEmptyInputsPass
 from tmc_export.passes.fold_weight_transposes import FoldWeightTransposesPass
+from tmc_export.passes.group_query_heads import GroupQueryHeadsPass
 from tmc_export.passes.keep_outputs import KeepOutputsPass, output_names
 from tmc_export.passes.specialize_sizes import SpecializeSizesPass
 
@@ -51,6 +53,7 @@ def specialize(model: ir.Model, sizes: Mapping[str, int], name: str) -> ir.Model
     names = output_names(static)
     ir.passes.Sequential(SpecializeSizesPass(sizes), DropEmptyInputsPass())(static)
     optimizer.optimize_ir(static, num_iterations=3, input_size_limit=_FOLD_INPUT, output_size_limit=_FOLD_OUTPUT)
+    ir.passes.Sequential(common.ShapeInferencePass(), DivideByRootPass(), GroupQueryHeadsPass())(static)
     finish = ir.passes.Sequential(
         common.CommonSubexpressionEliminationPass(), common.RemoveUnusedNodesPass(), DropEmptyInputsPass(),
         KeepOutputsPass(names), common.ShapeInferencePass(), common.NameFixPass(),

@@ -1,0 +1,98 @@
+"""Let the query heads that share a key-value head be rows of one product, so that no key is copied per query head.
+
+Before, with h query heads, g key-value heads, r = h / g, T queries, s keys of d channels:
+`MatMul(q [b, h, T, d], Transpose(Reshape(Expand(Unsqueeze(K [b, g, s, d])))))`, which writes every key r times.
+After: `Reshape(MatMul(Reshape(q) [b, g, r·T, d], Transpose(K) [b, g, d, s]))` of shape `[b, h, T, s]`. The same for the product with V.
+
+Where queries are as many as keys (a prompt) the copies do not count and the first form is faster by 3 % (measured). The graphs of
+`engines/` keep it throughout: TensorRT-RTX fuses it best. In a decode step on onnxruntime the copies are most of what moves besides weights: a
+quarter of the step at int4.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes
+
+__all__ = ["GroupQueryHeadsPass"]
+
+_KEYS_PER_QUERY = 4
+"""Group from this many keys per query on."""
+
+
+class GroupQueryHeadsPass(ir.passes.InPlacePass):
+    """Take the expansion of key-value heads out of the products of few queries with many keys. Shapes must be numbers."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite the graph; `modified` says whether any expansion went away."""
+        found = [n for n in model.graph if n.op_type == "MatMul" and n.domain in ("", "ai.onnx")]
+        return ir.passes.PassResult(model, any([_group(model.graph, node) for node in found]))
+
+
+def _sizes(value: ir.Value | None) -> tuple[int, ...] | None:
+    """The shape as numbers; None where it is open."""
+    if value is None or value.shape is None or not value.shape.is_static():
+        return None
+    return tuple(int(d) for d in value.shape.numpy())
+
+
+def _step(value: ir.Value | None, operator: str) -> ir.Node | None:
+    """The node that makes a value, if it is of that operator."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type == operator and node.domain in ("", "ai.onnx") else None
+
+
+def _add(graph: ir.Graph, before: ir.Node, node: ir.Node, shape: tuple[int, ...], suffix: str) -> ir.Value:
+    """Put a node with one output of that shape before another; dtype and name come from the other's output."""
+    old, out = before.outputs[0], node.outputs[0]
+    out.shape, out.type, out.name = ir.Shape(shape), old.type, f"{old.name}.{suffix}"
+    graph.insert_before(before, node)
+    return out
+
+
+def _reshape(graph: ir.Graph, before: ir.Node, value: ir.Value | None, shape: tuple[int, ...], suffix: str) -> ir.Value:
+    """Put a Reshape of `value` before a node."""
+    name = f"sizes_{'x'.join(map(str, shape))}"
+    if name not in graph.initializers:
+        tensor = ir.Tensor(np.array(shape, np.int64), name=name)
+        graph.initializers[name] = ir.Value(name=name, shape=ir.Shape([len(shape)]), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    return _add(graph, before, ir.node("Reshape", [value, graph.initializers[name]]), shape, suffix)
+
+
+def _shared_heads(value: ir.Value | None) -> ir.Value | None:
+    """The `[b, g, s, d]` that was expanded to `[b, h, s, d]`; None where nothing was."""
+    found = _sizes(value)
+    for operator in ("Reshape", "Expand", "Unsqueeze"):
+        node = _step(value, operator)
+        if node is None:
+            return None
+        value = node.inputs[0]
+    source = _sizes(value)
+    if found is None or source is None or len(found) != 4 or len(source) != 4:
+        return None
+    same = found[0] == source[0] and found[2:] == source[2:] and found[1] % source[1] == 0 and found[1] != source[1]
+    return value if same else None
+
+
+def _group(graph: ir.Graph, node: ir.Node) -> bool:
+    left, right, out = node.inputs[0], node.inputs[1], node.outputs[0]
+    turned = _step(right, "Transpose")
+    if turned is not None and tuple(turned.attributes.get_ints("perm", [])) != (0, 1, 3, 2):
+        return False
+    shared = _shared_heads(turned.inputs[0] if turned is not None else right)
+    rows, result, kept = _sizes(left), _sizes(out), _sizes(shared)
+    if shared is None or rows is None or result is None or kept is None or len(rows) != 4 or out.is_graph_output():
+        return False
+    batch, heads, queries, width = rows
+    if queries * _KEYS_PER_QUERY > kept[2]:
+        return False
+    wide = (batch, kept[1], heads // kept[1] * queries)
+    merged = _reshape(graph, node, left, (*wide, width), "rows")
+    if turned is not None:
+        turn = ir.node("Transpose", [shared], attributes={"perm": [0, 1, 3, 2]})
+        shared = _add(graph, node, turn, (*kept[:2], kept[3], kept[2]), "keys")
+    product = _add(graph, node, ir.node("MatMul", [merged, shared]), (*wide, result[3]), "grouped")
+    out.replace_all_uses_with(_reshape(graph, node, product, result, "heads"))
+    graph.remove(node, safe=True)
+    return True
