@@ -177,4 +177,6 @@ def test_notes(write: Writer, files: ModelFiles) -> None:
     tight = "device: jetson-orin-nano-8gb, runtime: tensorrt, decode_width: 2"
     assert "no fallback: float16 weights would take" in " | ".join(report_plan(write(quantize=int4, target=tight), files).notes)
     cpu = " | ".join(report_plan(write(target="device: rtx-4090, runtime: onnxruntime, memory_tight: true"), files).notes)
+    wide = " | ".join(report_plan(write(target="device: cpu, runtime: onnxruntime, decode_width: 2"), files).notes)
+    assert "decode_width has no effect" in wide and "decode_width" not in cpu
     assert "runs on the CPU of 'rtx-4090'" in cpu and "memory_tight shares only float32" in cpu and "memory is not checked here" in cpu

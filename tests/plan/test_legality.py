@@ -117,6 +117,14 @@ WRONG: list[tuple[str, tuple[str, ...], dict[str, Any], str, tuple[str, ...]]] =
         "8:10",
         ("inputs.images is 0", "remove the entry"),
     ),
+    ("a revision of a folder", (), {"model": "dtype: float16, revision: main"}, "3:50", ("revision: main has no effect", "remove it")),
+    (
+        "a picture rule without pictures",
+        (),
+        {"inputs": "images: 0, fit: resize, text_tokens: 8, new_tokens: 8"},
+        "4:26",
+        ("inputs.fit has nothing to act on", "remove it"),
+    ),
     (
         "quantized encoder without pictures",
         (),

@@ -154,7 +154,7 @@ def seal(folder: Path, manifest: Manifest) -> Manifest:
     """Hash every file of `folder` and write the manifest; returns it with `files` filled in."""
     files: dict[str, FileEntry] = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != MANIFEST:
+        if path.is_file() and path != folder / MANIFEST:
             files[path.relative_to(folder).as_posix()] = FileEntry(size=path.stat().st_size, sha256=hash_file(path))
     return write_manifest(folder, manifest.model_copy(update={"files": files}))
 

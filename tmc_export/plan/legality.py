@@ -44,7 +44,17 @@ def check_target(recipe: Recipe, device: Device) -> None:
             "conversation at a time; "
             "remove it, or write batch: 1"
         )
+    if recipe.model.revision is not None and recipe.model_folder() is not None:
+        raise LegalityError(
+            f"{recipe.origin(('model', 'revision'))}: model.revision: {recipe.model.revision} has no effect on a folder, which holds one "
+            "revision; remove it, or name a hub id in model.source"
+        )
     if recipe.inputs.images == 0:
+        for key in ("image_size", "fit"):
+            if getattr(recipe.inputs, key) is not None:
+                raise LegalityError(
+                    f"{recipe.origin(('inputs', key))}: inputs.{key} has nothing to act on: inputs.images is 0; remove it"
+                )
         for part in ("encoder", "projector"):
             if getattr(recipe.quantize, part) is not None:
                 raise LegalityError(
@@ -276,6 +286,10 @@ def notes_of(recipe: Recipe, plan: Plan, device: Device, room: Room | None) -> t
         found.append("memory_tight has no effect on TensorRT engines: one engine serves all phases")
     elif recipe.target.memory_tight and not tight_helps(plan):
         found.append("memory_tight shares only float32 weights between onnxruntime's sessions; float16 and int4 are copied in each")
+    if recipe.target.decode_width > 1 and runtime == "onnxruntime":
+        found.append("decode_width has no effect with onnxruntime, which takes one token at a time")
+    if len(plan.vision) > 1 and plan.cuts:
+        found.append("budgets at decoder sites are counted for the picture bucket of the most tokens; a smaller picture keeps as many")
     if room is None:
         found.append("memory is not checked here: it depends on the machine")
     if len(plan.vision) > 1:

@@ -21,14 +21,26 @@ __all__ = ["OnnxRuntimeBackend"]
 
 
 class _OrtGraph:
-    def __init__(self, session: ort.InferenceSession) -> None:
-        self._session = session
+    def __init__(self, session: ort.InferenceSession, file: str) -> None:
+        self._session, self._file = session, file
         self.inputs = tuple(i.name for i in session.get_inputs())
         self._outputs = [o.name for o in session.get_outputs()]
 
     def run(self, feed: Mapping[str, Array]) -> dict[str, Array]:
-        """Run once; arrays are read in place."""
-        values = self._session.run(self._outputs, {name: feed[name] for name in self.inputs})
+        """Run once; arrays are read in place.
+
+        Raises:
+            ResourceError: not enough memory to run it.
+            BundleError: onnxruntime gives up on it for another reason.
+        """
+        wanted = {name: feed[name] for name in self.inputs}
+        try:
+            values = self._session.run(self._outputs, wanted)
+        except Exception as error:  # onnxruntime raises classes of its own C++ module that share no documented base
+            said = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if isinstance(error, MemoryError) or "alloc" in said.lower():
+                raise ResourceError(f"not enough memory to run {self._file}: {said}; free memory or build smaller inputs") from error
+            raise BundleError(f"onnxruntime {ort.__version__} failed in {self._file}: {said}; verify the bundle") from error
         return dict(zip(self._outputs, values, strict=True))
 
 
@@ -71,5 +83,5 @@ class OnnxRuntimeBackend:
                 raise ResourceError(f"not enough memory to load {path}; free memory or compress and quantize more") from error
             except Exception as error:  # onnxruntime raises classes of its own C++ module that share no documented base
                 raise BundleError(f"onnxruntime {ort.__version__} cannot load {path}: {str(error).splitlines()[0]}") from error
-            self._graphs[file] = _OrtGraph(session)
+            self._graphs[file] = _OrtGraph(session, file)
         return self._graphs[file]
