@@ -6,6 +6,7 @@ Arrays are named `<turn>.<what>`; `meta` holds the rest as JSON text. Writing is
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +89,7 @@ def read_cases(bundle: Path) -> Iterator[Case]:
                 arrays = {name: data[name] for name in data.files}
             meta = json.loads(str(arrays["meta"]))
             turns = tuple(_turn(arrays, number, entry) for number, entry in enumerate(meta))
-        except (OSError, ValueError, KeyError, TypeError, BadZipFile) as error:
+        except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile, zlib.error) as error:
             raise BundleError(f"{path} cannot be read as a recorded conversation ({error}); build the bundle again") from error
         yield Case(path.stem, turns)
 
