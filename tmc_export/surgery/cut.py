@@ -11,6 +11,7 @@ The KV of the whole turn is in the slots when this graph runs, so that the score
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +28,28 @@ if TYPE_CHECKING:
     from tmc_export.families._contract import DecoderParts
 
 __all__ = ["Cut"]
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """The turn as it reaches the cut; shapes as in the module's description."""
+
+    hidden: Tensor
+    positions: Tensor
+    order: Tensor
+    valid: Tensor
+    last: Tensor
+    text: Tensor  # [b, S] bool
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """The visual tokens that are left after some of the stages: `[b, m·v, c]` and three times `[b, m·v]`."""
+
+    tokens: Tensor
+    place: Tensor  # in S
+    alive: Tensor
+    index: Tensor  # among those that arrived
 
 
 class Cut(nn.Module):
@@ -74,62 +97,54 @@ class Cut(nn.Module):
         *side: Tensor,
     ) -> tuple[Tensor, ...]:
         """Compress one turn's visual tokens; shapes as in the module's description."""
-        place, alive = candidates, candidate_valid
-        scores = self._previous_scores(order, valid, last, side)
-        scores |= self._next_scores(hidden, positions, order, valid, last, side)
-        tokens = gather_rows(hidden, place)
+        turn = _Turn(hidden, positions, order, valid, last, valid & (group == 0))
+        scores = self._previous_scores(turn, side)
+        scores |= self._next_scores(turn, side)
+        index = torch.arange(candidates.shape[1]).expand(candidates.shape)
+        left = _Candidates(gather_rows(hidden, candidates), candidates, candidate_valid, index)
         states: dict[int, dict[str, Tensor]] = {}
         kept: list[Tensor] = []
         kv: dict[int, Tensor] = {}
-        index = torch.arange(place.shape[1]).expand(place.shape)
         for stage in self.plan.stages:
-            columns = {n: s.gather(-1, _like(place, s)) for n, s in scores.items()}
-            result = self._run(stage, tokens, place, alive, positions, columns, hidden, group, valid, states)
+            result = self._run(stage, turn, left, scores, states)
             for layer, rows in result.kv.items():
-                chosen = self._unfold_index(stage, rows, place)
-                kv[layer] = _members(place.gather(1, chosen), alive.gather(1, chosen), hidden.shape[1])
-            picked = self._unfold_index(stage, result.source, place)
-            tokens, alive = self._unfold(stage, result.tokens), self._unfold(stage, result.valid)
-            place, index = place.gather(1, picked), index.gather(1, picked)
-            kept.append(torch.where(alive, index, -1))
-        merged, source, alive_out = self._assemble(hidden, valid & (group == 0), tokens, place, alive)
-        text = valid & (group == 0)
-        return (merged, source, alive_out, *kept, *[kv[layer] | text for layer in sorted(kv)])
+                chosen = self._unfold_index(stage, rows, left.place)
+                kv[layer] = _members(left.place.gather(1, chosen), left.alive.gather(1, chosen), hidden.shape[1])
+            left = self._after(stage, result, left)
+            kept.append(torch.where(left.alive, left.index, -1))
+        return (*self._assemble(turn, left), *kept, *[kv[layer] | turn.text for layer in sorted(kv)])
 
     # ------------------------------------------------------------------------------------------------- one stage
     def _run(
-        self,
-        stage: StagePlan,
-        tokens: Tensor,
-        place: Tensor,
-        alive: Tensor,
-        positions: Tensor,
-        columns: dict[Need, Tensor],
-        hidden: Tensor,
-        group: Tensor,
-        valid: Tensor,
-        states: dict[int, dict[str, Tensor]],
+        self, stage: StagePlan, turn: _Turn, left: _Candidates, scores: dict[Need, Tensor], states: dict[int, dict[str, Tensor]]
     ) -> Compressed:
+        """Run a stage on every picture by itself, or on all of them (`joint`); `states` gets what it hands on."""
         fold = self.images if stage.scope == "image" else 1
-        batch, count = place.shape
-        axes = positions.shape[0]
-        at_place = positions.gather(2, place[None].expand(axes, -1, -1)).reshape(axes, batch * fold, count // fold)
-        captured = {n: _fold_columns(c, fold) for n, c in columns.items()}
+        batch, count = left.place.shape
+        axes = turn.positions.shape[0]
+        at_place = turn.positions.gather(2, left.place[None].expand(axes, -1, -1)).reshape(axes, batch * fold, count // fold)
+        captured = {n: _fold_columns(s.gather(-1, _like(left.place, s)), fold) for n, s in scores.items()}
         wants_text = any(isinstance(n, TextEmbeds) for n in stage.stage.needs)
         context = Context(
             layout=stage.before,
             facts=self.facts,
-            valid=alive.reshape(batch * fold, -1),
+            valid=left.alive.reshape(batch * fold, -1),
             source=torch.arange(count // fold).expand(batch * fold, count // fold),
             positions=at_place,
-            text=hidden.repeat_interleave(fold, 0) if wants_text else None,
-            text_valid=(valid & (group == 0)).repeat_interleave(fold, 0) if wants_text else None,
+            text=turn.hidden.repeat_interleave(fold, 0) if wants_text else None,
+            text_valid=turn.text.repeat_interleave(fold, 0) if wants_text else None,
             captured=captured_or_raise(captured, tuple(n for n in stage.stage.needs if isinstance(n, Attention)), str(stage.stage.at)),
             state=states.get(stage.entry, {}),
         )
-        result = run_stage(stage, tokens.reshape(batch * fold, count // fold, -1), context)
+        result = run_stage(stage, left.tokens.reshape(batch * fold, count // fold, -1), context)
         states[stage.entry] = dict(result.state)
         return result
+
+    def _after(self, stage: StagePlan, result: Compressed, left: _Candidates) -> _Candidates:
+        """Move places and indices along with what a stage kept."""
+        picked = self._unfold_index(stage, result.source, left.place)
+        tokens, alive = self._unfold(stage, result.tokens), self._unfold(stage, result.valid)
+        return _Candidates(tokens, left.place.gather(1, picked), alive, left.index.gather(1, picked))
 
     def _unfold(self, stage: StagePlan, tensor: Tensor) -> Tensor:
         fold = self.images if stage.scope == "image" else 1
@@ -143,7 +158,7 @@ class Cut(nn.Module):
         return (index.clamp(min=0).reshape(batch // fold, fold, count) + offset[None, :, None]).reshape(batch // fold, fold * count)
 
     # --------------------------------------------------------------------------------------------------- scores
-    def _previous_scores(self, order: Tensor, valid: Tensor, last: Tensor, side: tuple[Tensor, ...]) -> dict[Need, Tensor]:
+    def _previous_scores(self, turn: _Turn, side: tuple[Tensor, ...]) -> dict[Need, Tensor]:
         """Attention of the layer before, over all its slots, its columns brought from slots to the turn's tokens."""
         if not self.previous:
             return {}
@@ -152,58 +167,58 @@ class Cut(nn.Module):
         window = self.windows[self.plan.layer - 1]
         found: dict[Need, Tensor] = {}
         for need in self.previous:
-            rows, row_order, row_valid = self._rows(need, query, order, valid, last)
+            rows, row_order, row_valid = self._rows(need, query, turn)
             mask = additive_mask(row_order, slot_order, slot_valid, window, torch.float32)
             over_slots = attention_scores(rows, keys, mask, need, row_valid)
             found[need] = over_slots.gather(-1, _like(slots, over_slots))
         return found
 
-    def _next_scores(
-        self, hidden: Tensor, positions: Tensor, order: Tensor, valid: Tensor, last: Tensor, side: tuple[Tensor, ...]
-    ) -> dict[Need, Tensor]:
+    def _next_scores(self, turn: _Turn, side: tuple[Tensor, ...]) -> dict[Need, Tensor]:
         """Attention of the layer after, its query and keys computed from the tokens at the cut."""
         if not self.next:
             return {}
         past_order, past_valid, past_key = side[-3:]
-        layer = self.plan.layer
+        layer, hidden = self.plan.layer, turn.hidden
         empty = past_key[:, :, :0]
         count = hidden.shape[1]
         no_mask = torch.zeros(hidden.shape[0], 1, count, count, dtype=hidden.dtype)
         state = AttentionState(past={layer: (empty, empty)}, masks={layer: no_mask}, wanted={layer: "all"})
         with recording(state):
-            self._parts.attention_only(layer, hidden, self._parts.rotary(hidden, positions))
+            self._parts.attention_only(layer, hidden, self._parts.rotary(hidden, turn.positions))
         keys = expand_heads(torch.cat([past_key, state.keys[layer]], 2), self.facts.decoder.heads)
-        key_order, key_valid = torch.cat([past_order, order], 1), torch.cat([past_valid, valid], 1)
+        key_order, key_valid = torch.cat([past_order, turn.order], 1), torch.cat([past_valid, turn.valid], 1)
         found: dict[Need, Tensor] = {}
         for need in self.next:
-            rows, row_order, row_valid = self._rows(need, state.queries[layer], order, valid, last)
+            rows, row_order, row_valid = self._rows(need, state.queries[layer], turn)
             mask = additive_mask(row_order, key_order, key_valid, self.windows[layer], torch.float32)
             found[need] = attention_scores(rows, keys, mask, need, row_valid)[..., past_key.shape[2] :]
         return found
 
-    def _rows(self, need: Attention, query: Tensor, order: Tensor, valid: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _rows(self, need: Attention, query: Tensor, turn: _Turn) -> tuple[Tensor, Tensor, Tensor]:
         """Pick the query rows of a need: `[b, h, R, d]`, their order `[b, R]` and validity."""
+        last = turn.last
         if need.rows == "last":
             if query.shape[2] > 1:
                 query = query.gather(2, last[:, None, None, None].expand(-1, query.shape[1], 1, query.shape[3]))
-            return query, order.gather(1, last[:, None]), torch.ones_like(last[:, None], dtype=torch.bool)
+            return query, turn.order.gather(1, last[:, None]), torch.ones_like(last[:, None], dtype=torch.bool)
         if need.rows == "all":
-            return query, order, valid
+            return query, turn.order, turn.valid
         raise ExportError(f"attention rows '{need.rows}' are not captured at a decoder cut; 'last' and 'all' are")
 
     # ------------------------------------------------------------------------------------------------- assembly
-    def _assemble(self, hidden: Tensor, text: Tensor, tokens: Tensor, place: Tensor, alive: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _assemble(self, turn: _Turn, left: _Candidates) -> tuple[Tensor, Tensor, Tensor]:
         """Put text and kept tokens back in order: kept places are counted, so no sort and no data-dependent shape."""
+        hidden, place, alive = turn.hidden, left.place, left.alive
         count = hidden.shape[1]
         visual = _members(place, alive, count)
-        rank = (text | visual).long().cumsum(1)
+        rank = (turn.text | visual).long().cumsum(1)
         target = torch.arange(self.plan.tokens_out)
         source = (rank[:, None, :] <= target[None, :, None]).long().sum(-1).clamp(max=count - 1)
         valid = target[None] < rank[:, -1:]
         same = (place[:, None, :] == source[:, :, None]) & alive[:, None, :]
         row = (same.long() * torch.arange(place.shape[1])).sum(-1)
         index = torch.where(same.any(-1), count + row, source)
-        merged = gather_rows(torch.cat([hidden, tokens.to(hidden.dtype)], 1), index)
+        merged = gather_rows(torch.cat([hidden, left.tokens.to(hidden.dtype)], 1), index)
         return torch.where(valid[:, :, None], merged, 0.0).to(hidden.dtype), source, valid
 
 
