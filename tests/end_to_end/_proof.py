@@ -20,9 +20,23 @@ from tmc_export.verify.play import play
 from tmc_export.verify.record import Script, answer
 from tmc_export.verify.recorded import Case, CaseTurn
 from tmc_export.verify.reference import Reference
-from tmc_export.verify.tolerances import tolerance
+from tmc_export.verify.tolerances import margin_bound, tolerance
 
-__all__ = ["HEAD", "TABLE", "Built", "Proof", "build", "first_kept", "free_run", "near_ties", "prove", "reference_cases"]
+__all__ = [
+    "HEAD",
+    "TABLE",
+    "Built",
+    "Proof",
+    "bucket_differences",
+    "build",
+    "first_kept",
+    "free_run",
+    "near_ties",
+    "prove",
+    "reference_cases",
+    "size_ratio",
+    "unanswered",
+]
 
 TABLE = tolerance("end_to_end", "float32")
 
@@ -186,3 +200,37 @@ def prove(built: Built, scripts: Sequence[Script], steps: int = 8, routes: Seque
     proof.lengths = len({len(c.turns[0].ids) for c in cases if c.turns[0].pixels})
     proof.distinct = len({token for t in turns for token in t.expected.tokens})
     return proof, cases
+
+
+def size_ratio(built: Built) -> float:
+    """Bytes of the bundle's `onnx/` ÷ bytes of the checkpoint's weights."""
+    weights = sum(p.stat().st_size for p in built.model.glob("*.safetensors"))
+    return sum(p.stat().st_size for p in (built.folder / "onnx").rglob("*") if p.is_file()) / weights
+
+
+def unanswered(script: Script) -> CaseTurn:
+    """A script's first turn, whose answer nobody asks for."""
+    pictures, ids = script.turns[0]
+    return CaseTurn(tuple(p for _, p in pictures), tuple(b for b, _ in pictures), ids, expected=None)  # type: ignore[arg-type]
+
+
+def bucket_differences(small: Built, large: Built, scripts: Sequence[Script]) -> tuple[list[str], list[str]]:
+    """Compare what first turns keep in two buckets, whole and chunked; returns what differs, and what differs within the tie margin."""
+    one, two = small.load(), large.load()
+    wrong: list[str] = []
+    ties: list[str] = []
+    for script in scripts:
+        turn = unanswered(script)
+        wanted = first_kept(one, turn, "whole")
+        others = {"whole, large bucket": first_kept(two, turn, "whole"), "chunked, large bucket": first_kept(two, turn, "chunked")}
+        others["chunked"] = first_kept(one, turn, "chunked")
+        for route, got in others.items():
+            if got != wanted:
+                (ties if _tied(small, script) else wrong).append(f"{small.recipe.stem}: {script.name} keeps something else, {route}")
+    return wrong, ties
+
+
+def _tied(built: Built, script: Script) -> bool:
+    """Ask the reference whether a kept set of this turn is within rounding."""
+    (case,) = reference_cases(built, [script], 1)
+    return any(s.tied(margin_bound("float32")) for s in case.turns[0].expected.stages)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tmc_export.families.llava import Llava
 from tmc_export.plan.source import read_model_files
@@ -12,7 +13,7 @@ from tmc_export.runtime._images import load_image, prepare
 from tmc_export.runtime._tokenizer import Tokenizer
 from tmc_export.verify.record import Script
 
-__all__ = ["COMPRESS", "EXAMPLES", "LEADS", "MODEL", "conversations", "pairs"]
+__all__ = ["COMPRESS", "EXAMPLES", "LEADS", "MODEL", "SELECTING", "asked", "conversations", "pairs"]
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MODEL = EXAMPLES / "tiny-llava"
@@ -31,6 +32,9 @@ COMPRESS: dict[str, tuple[str, ...]] = {
 }
 """The shipped recipes' plans, and random selection that leaves the positions alone."""
 
+SELECTING = ("fastv", "random-kept", "pyramiddrop", "tokencarve")
+"""Those with a cut inside the decoder, where bucket, chunks and slots could show."""
+
 LEADS = ("", "there are things ,", "there are many things , what is", "there are many things , what is , what is at a1 ?",
          "there are many things , what is , what is at a1 ? what colour is b2 ? how many")  # fmt: skip
 """Words in front of a question: five prompt lengths in one bucket. Every second one stands in front of the picture."""
@@ -38,6 +42,15 @@ LEADS = ("", "there are things ,", "there are many things , what is", "there are
 
 def _questions() -> list[dict[str, str]]:
     return list(json.loads((EXAMPLES / "pictures" / "questions.json").read_text("utf-8")))
+
+
+def asked(count: int) -> list[tuple[Any, str]]:
+    """PIL pictures and questions: every picture meets every question."""
+    from PIL import Image
+
+    rows = _questions()
+    numbers = [1 + (n + n // len(rows)) % 6 for n in range(count)]
+    return [(Image.open(EXAMPLES / "pictures" / f"scene-{i}.png"), rows[n % len(rows)]["question"]) for n, i in enumerate(numbers)]
 
 
 class _Writer:
