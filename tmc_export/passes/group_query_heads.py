@@ -5,8 +5,8 @@ Before, with h query heads, g key-value heads, r = h / g, T queries, s keys of d
 After: `Reshape(MatMul(Reshape(q) [b, g, r·T, d], Transpose(K) [b, g, d, s]))` of shape `[b, h, T, s]`. The same for the product with V.
 
 Where queries are as many as keys (a prompt) the copies do not count and the first form is faster by 3 % (measured). The graphs of
-`engines/` keep it throughout: TensorRT-RTX fuses it best. In a decode step on onnxruntime the copies are most of what moves besides weights: a
-quarter of the step at int4.
+`engines/` keep it throughout: TensorRT-RTX fuses it best. In a decode step on onnxruntime the copies are most of what moves besides
+weights: a quarter of the step at int4.
 """
 
 from __future__ import annotations

@@ -1,0 +1,125 @@
+"""tmc-export's uncompressed decoder against onnxruntime-genai's graphs of the same weights.
+
+    python benchmarks/genai_compare.py [--rounds 7] [--keep DIR]
+
+The 0.36B decoder of `decoder036b.py`, 640-token prompt. onnxruntime-genai is installed into an environment of its own, which sees the
+packages of this one (the same onnxruntime library); its `models.builder` makes an fp32 graph and int4 graphs (block 32, symmetric,
+accuracy levels 4 and 1) of a local folder. Its graphs answer only the prompt's last row (`prune_lm_head`), and its int4 graphs keep the
+head in fp32, as ours do. Every measurement is a process of its own; they take turns.
+
+Ours includes the token table in a prefill, and writing the KV slots; theirs what `append_tokens` does. A token is one
+step of greedy search.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks._common import alternate, paired, run_json, save, spread, workplace
+from benchmarks._models import CLIP_TINY_336, QWEN2_036B, write_causal_lm, write_llava
+from benchmarks.decoder036b import build, measure
+
+TOKENS = 48
+BOUNDS = {"prefill fp32": 1.0, "decode int4 level 4": 1.05, "decode int4 level 1": 1.05}
+INT4 = {"decoder": {"weights": "int4", "block": 32}}
+
+
+def environment(base: Path) -> Path:
+    """Make the environment with onnxruntime-genai, unless it is there; returns its Python."""
+    folder = base / "genai-env"
+    python = folder / "bin" / "python"
+    if not (folder / "done").exists():
+        venv.create(folder, with_pip=True)
+        site = subprocess.run(
+            [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], stdout=subprocess.PIPE, check=True
+        )
+        Path(site.stdout.decode().strip(), "outer.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+        subprocess.run([str(python), "-m", "pip", "install", "-q", "onnxruntime-genai"], check=True, stdout=sys.stderr)
+        (folder / "done").touch()
+    return python
+
+
+def build_theirs(python: Path, base: Path, name: str, precision: str, options: list[str]) -> Path:
+    """Run onnxruntime-genai's model builder, unless its result is there."""
+    out = base / f"genai-{name}"
+    if not (out / "genai_config.json").is_file():
+        flags = ["-i", str(base / "lm"), "-o", str(out), "-p", precision, "-e", "cpu", "-c", str(base / "cache")]
+        command = [str(python), "-m", "onnxruntime_genai.models.builder", *flags, "--extra_options", "prune_lm_head=true", *options]
+        with (base / f"{name}.log").open("wb") as log:
+            subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    return out
+
+
+def theirs(python: Path, folder: Path, prefills: int, tokens: int = 0) -> dict[str, Any]:
+    """Time one of their graphs once."""
+    worker = str(Path(__file__).with_name("_genai_worker.py"))
+    return run_json([str(python), worker, str(folder), "--prefills", str(prefills), "--tokens", str(tokens)])
+
+
+def prepare(base: Path) -> dict[str, Any]:
+    """Make models, bundles and graphs; returns the measurements by name."""
+    if not (base / "model").exists():
+        write_llava(base / "model", QWEN2_036B, CLIP_TINY_336)
+    if not (base / "lm").exists():
+        write_causal_lm(base / "lm", QWEN2_036B)
+    python = environment(base)
+    ours32, ours4 = build(base, "uncompressed", []), build(base, "uncompressed_int4", [], quantize=INT4)
+    theirs32 = build_theirs(python, base, "fp32", "fp32", [])
+    what: dict[str, Any] = {
+        "fp32 ours": partial(measure, ours32, 3, TOKENS),
+        "fp32 genai": partial(theirs, python, theirs32, 3, TOKENS),
+    }
+    for level in (4, 1):
+        options = [f"accuracy_level={level}", "block_size=32", "nodes_to_exclude=/lm_head/MatMul"]
+        folder = build_theirs(python, base, f"int4-{level}", "int4", options)
+        what[f"int4 level {level} ours"] = partial(measure, ours4, 2, TOKENS, level)
+        what[f"int4 level {level} genai"] = partial(theirs, python, folder, 2, TOKENS)
+    return what
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--keep", help="a folder for models, bundles and the environment that stays")
+    options = parser.parse_args()
+    with workplace(14 << 30, options.keep) as base:
+        found = alternate(prepare(base), options.rounds)
+        code = "import importlib.metadata, json; print(json.dumps({'v': importlib.metadata.version('onnxruntime-genai')}))"
+        version = run_json([str(environment(base)), "-c", code])["v"]
+    rows: list[dict[str, object]] = []
+    raw: dict[str, Any] = {}
+    for graphs in ("fp32", "int4 level 4", "int4 level 1"):
+        pair = found[f"{graphs} ours"], found[f"{graphs} genai"]
+        for kind, key in (("prefill", "prefill_ms"), ("decode", "token_ms")):
+            times = [spread([t for run in runs for t in run[key]]) for runs in pair]
+            ratio = paired(*pair, key)
+            raw[f"{kind} {graphs}"] = {"ours_ms": times[0], "genai_ms": times[1], "ratio": ratio}
+            bound = BOUNDS.get(f"{kind} {graphs}")
+            figures = [f"{t['median']:.1f} ms ({t['min']:.1f}..{t['max']:.1f})" for t in times]
+            rows.append({
+                "what": f"{kind}, {graphs}: ours; genai; ratio",
+                "figure": f"{figures[0]}; {figures[1]}; {ratio['median']:.3f} (least {ratio['of_least']:.3f})",
+                "bound": "" if bound is None else f"≤ {bound}",
+                "ok": None if bound is None else ratio["median"] <= bound,
+            })  # fmt: skip
+    for name, runs in found.items():
+        raw[f"peak_rss_mib {name}"] = spread([r["peak_rss_mib"] for r in runs])
+    what = (
+        f"Uncompressed decoder of 0.36 billion weights against onnxruntime-genai {version}: the same onnxruntime library, 640-token "
+        "prompt, int4 in blocks of 32, heads in fp32."
+    )
+    print(save("genai_compare", {"what": what, "genai": version, "rows": rows, "raw": raw}))
+
+
+if __name__ == "__main__":
+    main()
