@@ -188,12 +188,14 @@ class _Place:
         visual: visual tokens of one picture.
         grid: their raster, if they form one.
         entered: recipe entry → what it first saw.
+        alone: visual tokens that a turn with one picture leaves; more than `visual` behind a joint budget, which one picture may use up.
         mixed: the cut at which a joint budget was shared out, so that no picture has a known count any more.
     """
 
     visual: int
     grid: tuple[int, int] | None
     entered: dict[int, int | None]
+    alone: int
     mixed: int | None = None
 
 
@@ -209,7 +211,7 @@ def _decoder(
         by_layer.setdefault(layer, []).append((entry, stage))
     inner = sorted({*by_layer, *splits} - {0})
     edges = [0, *inner, layers]
-    place = _Place(visual, grid, {})
+    place = _Place(visual, grid, {}, visual)
     blocks: list[BlockPlan] = []
     cuts: list[CutPlan] = []
 
@@ -228,9 +230,8 @@ def _decoder(
             if blocks and cut.attention("previous"):
                 rows: Literal["last", "all"] = "last" if all(n.rows == "last" for n in cut.attention("previous")) else "all"
                 blocks[-1] = replace(blocks[-1], query_rows={first - 1: rows})
-        blocks.append(
-            BlockPlan(index, first, last, tokens(place.visual), place.visual, tokens(place.visual) + inputs.new_tokens, {}, last == layers)
-        )
+        capacity = tokens(max(place.visual, place.alone)) + inputs.new_tokens
+        blocks.append(BlockPlan(index, first, last, tokens(place.visual), place.visual, capacity, {}, last == layers))
     return tuple(blocks), tuple(cuts)
 
 
@@ -255,6 +256,7 @@ def _cut(recipe: Recipe, facts: ModelFacts, found: Sequence[tuple[Entry, Stage]]
                 f"{entry.origin()}: scope: joint keeps {after.tokens} tokens over {images} pictures; choose a budget that {images} divides"
             )
         place.visual, place.grid = after.tokens // joint, after.grid if joint == 1 else None
+        place.alone = min(place.alone, after.tokens)
     return tuple(stages)
 
 
