@@ -42,31 +42,40 @@ def play(session: Session, cases: Iterable[Case], tolerance: Tolerance, precisio
     checks: list[Check] = []
     for case in cases:
         session.reset()
+        ids: list[int] = []
+        pixels: list[tuple[int, Array]] = []
         for number, turn in enumerate(case.turns):
+            if session.program.turns == "recompute":
+                session.decoder.reset()
+            else:
+                ids, pixels = [], []
+            ids += turn.ids
+            pixels += [(b, p[None].astype(session.program.dtype)) for b, p in zip(turn.buckets, turn.pixels, strict=True)]
             name = f"{case.name}/turn {number + 1}"
             try:
-                found = list(_play_turn(session, name, turn, tolerance, precision, route))
+                found = list(_play_turn(session, name, session.prompt(ids, pixels), turn, tolerance, precision, route))
             except KeyError as error:
                 found = [Check(name, None, False, f"the output {error} is missing")]
             checks += found
+            ids += turn.expected.tokens[:-1]
             if any(c.exceptions for c in found):
                 break
     return tuple(checks)
 
 
-def _play_turn(session: Session, name: str, turn: CaseTurn, tolerance: Tolerance, precision: str, route: Route) -> Iterable[Check]:
+def _play_turn(
+    session: Session, name: str, laid: Prompt, turn: CaseTurn, tolerance: Tolerance, precision: str, route: Route
+) -> Iterable[Check]:
     want, program = turn.expected, session.program
-    pixels = [(b, p[None].astype(program.dtype)) for b, p in zip(turn.buckets, turn.pixels, strict=True)]
-    laid = session.prompt(turn.ids, pixels)
+    earlier = len(laid.pixels) - len(turn.pixels)  # pictures of the turns before, where turns are recomputed
     for picture, tokens_wanted in enumerate(want.vision):
-        file = program.vision[laid.pixels[picture][0]].file
-        got = laid.tokens[picture] if picture < len(laid.tokens) else None
-        kept = list(_sources(name, laid, picture, want.stages, precision, file))
+        file = program.vision[turn.buckets[picture]].file
+        kept = list(_sources(name, laid.sources[earlier + picture], picture, want.stages, precision, file))
         yield from kept
         if any(c.exceptions for c in kept):
             yield Check(f"{name}/picture {picture + 1}/tokens", file, True, "left out: another choice, within the tie margin")
             return
-        yield compare_tensor(f"{name}/picture {picture + 1}/tokens", got, tokens_wanted, tolerance, file)
+        yield compare_tensor(f"{name}/picture {picture + 1}/tokens", laid.tokens[earlier + picture], tokens_wanted, tolerance, file)
     trace = session.run_prompt(laid, route)
     kept = [c for cut in program.cuts for c in _kept(name, cut, trace, want.stages, program.images, precision)]
     yield from kept
@@ -80,10 +89,9 @@ def _play_turn(session: Session, name: str, turn: CaseTurn, tolerance: Tolerance
     yield Check(f"{name}/KV rows", None, fine, "" if fine else f"{rows} rows are filled, the reference holds {want.cache_rows}")
 
 
-def _sources(name: str, laid: Prompt, picture: int, stages: Sequence[StageTrace], precision: str, file: str) -> Iterable[Check]:
+def _sources(name: str, got: Sequence[Array], picture: int, stages: Sequence[StageTrace], precision: str, file: str) -> Iterable[Check]:
     """Compare the original indices that leave each stage of the vision graph."""
     wanted = [s for s in stages if s.picture == picture + 1 and not s.at.startswith("decoder")]
-    got = laid.sources[picture] if picture < len(laid.sources) else ()
     for number, stage in enumerate(wanted):
         found = np.asarray(got[number], np.int64) if number < len(got) else None
         label = f"{name}/picture {picture + 1}/{stage.method} at {stage.at}"

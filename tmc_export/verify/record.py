@@ -119,8 +119,8 @@ def made_up_scripts(
     scripts.append(Script("full", ((shown(1), writer.random(1, room)),)))
     if plan.images > 1:
         scripts.append(Script("pictures", ((shown(plan.images), writer.ask(_QUESTIONS[1], plan.images, room)),)))
-    if plan.turns == "freeze" and room >= 12 and plan.new_tokens >= 3:
-        part = room // 4  # a later turn begins with a token of the answer, which the next function puts there
+    part = (room if plan.turns == "freeze" else room - 2 * STEPS) // 4  # recomputed turns are one prompt, with the answers in it
+    if part >= 3 and plan.new_tokens >= 3:
         later = ((shown(1), writer.random(1, part)),) if plan.images > 1 else ()
         scripts.append(Script("turns", ((shown(1), writer.random(1, part)), *later, ((), writer.random(0, part)))))
     return scripts
