@@ -60,8 +60,10 @@ def _read(recipe: Recipe, index: int, facts: ModelFacts) -> Entry:
     except TmcError as error:
         raise RecipeError(f"{origin('method')}: {error}") from error
     config = _config(method, written.method, dict(written.options), origin)
-    if not method.training_free and written.weights is None:
-        raise RecipeError(f"{origin()}: method '{written.method}' has learned weights; add weights: {{file: …, prefix: …}}")
+    if not method.training_free:
+        raise LegalityError(
+            f"{origin()}: method '{written.method}' has learned weights, which are not bound to a file yet; use another method"
+        )
     if method.training_free and written.weights is not None:
         raise RecipeError(f"{origin('weights')}: method '{written.method}' has no learned weights; remove the key")
     try:

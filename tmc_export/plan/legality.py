@@ -52,9 +52,7 @@ def check_target(recipe: Recipe, device: Device) -> None:
     if recipe.inputs.images == 0:
         for key in ("image_size", "fit"):
             if getattr(recipe.inputs, key) is not None:
-                raise LegalityError(
-                    f"{recipe.origin(('inputs', key))}: inputs.{key} has nothing to act on: inputs.images is 0; remove it"
-                )
+                raise LegalityError(f"{recipe.origin(('inputs', key))}: inputs.{key} has nothing to act on: inputs.images is 0; remove it")
         for part in ("encoder", "projector"):
             if getattr(recipe.quantize, part) is not None:
                 raise LegalityError(
