@@ -4,8 +4,8 @@
     python benchmarks/parity.py --only tiny-llava/fastv qwen2-vl smollm2
 
 Parts: `tiny-llava/<plan>` (50 pairs; two pictures, later turns; another bucket), `<small model>/<plan>`, `smollm2/<plan>`; --only
-takes these or what stands before the slash. Prints a Markdown table and writes results/parity.json after every part; parts that are not run keep
-the rows they had. Exits with 4 when something failed.
+takes these or what stands before the slash. Prints a Markdown table and writes results/parity.json after every
+part; parts that are not run keep the rows they had. Exits with 4 when something failed.
 """
 
 from __future__ import annotations
@@ -116,20 +116,24 @@ def _earlier() -> dict[str, list[Row]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--missing", action="store_true", help="only parts that have no rows yet")
     arguments = parser.parse_args()
     chosen = [p for p in PARTS if not arguments.only or p in arguments.only or p.split("/")[0] in arguments.only]
     if not chosen:
         parser.error(f"no part is called {', '.join(arguments.only)}")
-    found = _earlier()
+    if arguments.missing:
+        chosen = [p for p in chosen if p not in _earlier()]
+    rows: list[Row] = []
     what = "Bundles (onnxruntime, float32) against the PyTorch reference with the same plan, and against Hugging Face's generate."
     with tempfile.TemporaryDirectory(prefix="tmc-parity-") as name:
         for part in chosen:
             began = time.perf_counter()
-            found[part] = [{"part": part, **row} for row in PARTS[part](Path(name))]
+            new = [{"part": part, **row} for row in PARTS[part](Path(name))]
+            rows += new
+            found = {**_earlier(), part: new}  # read again: another run may have written meanwhile
             save("parity", {"what": what, "rows": [r for p in PARTS for r in found.get(p, [])]})
-            figures = "; ".join(("" if r["ok"] else "FAILED ") + r["figure"] for r in found[part])
+            figures = "; ".join(("" if r["ok"] else "FAILED ") + r["figure"] for r in new)
             print(f"{part}: {time.perf_counter() - began:.0f} s, {figures}", file=sys.stderr, flush=True)
-    rows = [r for p in chosen for r in found[p]]
     print(_table(rows))
     return 0 if all(r["ok"] for r in rows) else 4
 
