@@ -136,11 +136,13 @@ def test_a_flipped_byte_names_the_file(bundle: Path) -> None:
     assert ran.code == 4 and "onnx/block_1.data" in ran.error()
 
 
-def rerecord(bundle: Path, change: Callable[[np.ndarray], np.ndarray], margin: float) -> None:
-    """Change what the decoder's stage is said to have kept in the conversation `one`."""
+def rerecord(bundle: Path, change: Callable[[np.ndarray], np.ndarray], margin: float, level: bool = False) -> None:
+    """Change what the decoder's stage is said to have kept in the conversation `one`; `level`: all candidates are said to score alike."""
     case = next(c for c in read_cases(bundle) if c.name == "one")
     turn = case.turns[0]
-    stages = tuple(replace(s, kept=change(s.kept), margin=margin) for s in turn.expected.stages)
+    stages = tuple(
+        replace(s, kept=change(s.kept), margin=margin, scores=np.ones_like(s.scores) if level else s.scores) for s in turn.expected.stages
+    )
     write_case(bundle / FOLDER, replace(case, turns=(replace(turn, expected=replace(turn.expected, stages=stages)),)))
     seal(bundle, open_manifest(bundle))
 
@@ -158,12 +160,18 @@ def test_another_kept_set_is_found_and_named(bundle: Path) -> None:
 
 
 def test_another_kept_set_within_rounding_is_a_tie_that_is_counted(bundle: Path) -> None:
-    rerecord(bundle, another, margin=1e-9)
+    rerecord(bundle, another, margin=1e-9, level=True)
     ladder = recorded_ladder(bundle)
     end = next(r for r in ladder.rungs if r.name == "onnxruntime end to end")
     assert ladder.passed and len(end.exceptions) == 2, "prefilled whole and in chunks"
     assert "2 ties" in end.line() and "tie: one/turn 1/fastv at decoder.1" in ladder.text()
-    assert any("left out" in c.note for c in end.checks)
+    assert any("left out" in c.note for c in end.checks) and "2 comparisons left out" in end.line()
+
+
+def test_a_tie_at_the_threshold_excuses_no_token_far_from_it(bundle: Path) -> None:
+    rerecord(bundle, another, margin=1e-9)
+    ladder = recorded_ladder(bundle)
+    assert not ladder.passed and ladder.first_bad is not None and "fastv at decoder.1" in ladder.first_bad.name
 
 
 class Forgetful:

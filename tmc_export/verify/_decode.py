@@ -299,7 +299,9 @@ class Decoder:
         alive = result.valid[0]
         local = result.source[0][alive]
         arrival = tokens.arrival[rows]
-        self.stages.append(replace(applied.trace, kept=arrival[local].numpy(), source=applied.trace.source[alive.numpy()]))
+        scores = applied.trace.scores if torch.equal(arrival[local], local) else None  # else `kept` counts in another order
+        source = applied.trace.source[alive.numpy()]
+        self.stages.append(replace(applied.trace, kept=arrival[local].numpy(), source=source, scores=scores))
         for layer, listed in result.kv.items():
             inside = listed[0][(listed[0] >= 0) & (listed[0] < rows.shape[0])]
             cut.kv.setdefault(layer, []).append(tokens.order[rows[inside]])

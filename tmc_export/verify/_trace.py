@@ -30,7 +30,8 @@ class StageTrace:
         candidates: n.
         kept: `[k]` place of every token that left among the candidates that reached this cut (encoder sites: this stage); -1 = synthetic.
         source: `[k]` original index among the uncompressed tokens of the picture; -1 = synthetic.
-        scores: `[n]` what the method ranked by, when it asked for one row of attention or for column sums; else None.
+        scores: `[n]` what the method ranked by, in the order that `kept` counts in; None unless it asked for one row of attention or for
+            column sums.
         margin: (lowest kept - highest dropped score) / largest score, when the kept set is the top of `scores`; else None.
         fragile: a relative noise of the tolerance table's bound on what the method read changes what it keeps or merges.
     """
@@ -50,6 +51,29 @@ class StageTrace:
     def tied(self, bound: float) -> bool:
         """Return whether the choice is within rounding: the k-th margin is at most `bound`, or, without a margin, noise changes it."""
         return self.fragile if self.margin is None else self.margin <= bound
+
+    def excuses_source(self, got: NDArray[np.int64], bound: float) -> bool:
+        """As `excuses`, for places as in `source`; after an earlier stage those say nothing about the scores."""
+        return self.excuses(got, bound) if np.array_equal(self.source, self.kept) else self.tied(bound)
+
+    def excuses(self, got: NDArray[np.int64], bound: float) -> bool:
+        """Return whether `got` may stand for `kept`: a tie, in which only tokens scored within `bound` of the threshold are exchanged.
+
+        Args:
+            got: `[k]`, places as in `kept`.
+            bound: relative to the largest score.
+        """
+        if np.array_equal(got, self.kept):
+            return True
+        if not self.tied(bound):
+            return False
+        if self.scores is None or self.margin is None or not self.kept.size:
+            return True
+        exchanged = np.setxor1d(got, self.kept)
+        if exchanged.size and (exchanged.min() < 0 or exchanged.max() >= self.scores.shape[0]):
+            return False
+        threshold, largest = self.scores[self.kept].min(), np.abs(self.scores).max()
+        return bool((np.abs(self.scores[exchanged] - threshold) <= bound * largest).all())
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-__all__ = ["by_cut", "expected_places", "play"]
+__all__ = ["by_cut", "expected_places", "is_tie", "play"]
 
 
 def play(session: Session, cases: Iterable[Case], tolerance: Tolerance, precision: str, route: Route = "auto") -> tuple[Check, ...]:
@@ -95,7 +95,8 @@ def _sources(name: str, got: Sequence[Array], picture: int, stages: Sequence[Sta
     for number, stage in enumerate(wanted):
         found = np.asarray(got[number], np.int64) if number < len(got) else None
         label = f"{name}/picture {picture + 1}/{stage.method} at {stage.at}"
-        yield compare_indices(label, found, stage.source, tied=stage.tied(margin_bound(precision)), margin=stage.margin, subgraph=file)
+        tied = found is not None and stage.excuses_source(found, margin_bound(precision))
+        yield compare_indices(label, found, stage.source, tied=tied, margin=stage.margin, subgraph=file)
 
 
 def by_cut(stages: Sequence[StageTrace], layer: int) -> list[list[StageTrace]]:
@@ -113,12 +114,33 @@ def expected_places(traces: Sequence[StageTrace], cut: CutProgram, images: int) 
     return np.concatenate([t.kept + (t.picture - 1) * each if t.picture else t.kept for t in traces])
 
 
+def is_tie(traces: Sequence[StageTrace], got: Array | None, cut: CutProgram, images: int, bound: float) -> bool:
+    """Return whether every picture's other choice is excused; one picture's tie excuses no other picture.
+
+    Args:
+        traces: one stage of a cut, one trace per picture, or a single one for all of them.
+        got: live places `[≤ m·k]` among the bucket's candidates.
+        cut: the cut.
+        images: m.
+        bound: of the k-th margin.
+    """
+    each = cut.visual_in // max(images, 1)
+    if got is None:
+        return False
+    for trace in traces:
+        first = (trace.picture - 1) * each
+        mine = got[(got >= first) & (got < first + each)] - first if trace.picture else got
+        if not trace.excuses(mine, bound):
+            return False
+    return True
+
+
 def _kept(name: str, cut: CutProgram, trace: TurnTrace, stages: Sequence[StageTrace], images: int, precision: str) -> Iterable[Check]:
     """Compare what a cut kept, stage by stage."""
     for number, traces in enumerate(by_cut(stages, cut.layer)):
         got = trace.kept.get((cut.before_block, number))
         live = None if got is None else got[got >= 0]
-        tied = any(t.tied(margin_bound(precision)) for t in traces)
+        tied = is_tie(traces, live, cut, images, margin_bound(precision))
         margins = [t.margin for t in traces if t.margin is not None]
         label = f"{name}/{traces[0].method} at {traces[0].at}"
         margin = min(margins, default=None)

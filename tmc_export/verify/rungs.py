@@ -60,6 +60,8 @@ class Rung:
                 parts.append(f"top-1 {figures.top1:.1%}, KL {figures.kl:.2g}")
         if any("/" in c.name for c in self.checks):
             parts.append(f"{len(self.exceptions)} ties")
+        if left_out := sum(c.note.startswith("left out") for c in self.checks):
+            parts.append(f"{left_out} comparisons left out after them")
         return "; ".join([*parts, *([self.note] if self.note else [])])
 
     def to_json(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from tmc_export.runtime._backend import Backend, BackendOptions, open_backend
 from tmc_export.runtime._chat import expand_image_tokens
 from tmc_export.verify._trace import BlockTrace
 from tmc_export.verify.compare import Check, compare_indices, compare_tensor
-from tmc_export.verify.play import by_cut, expected_places
+from tmc_export.verify.play import by_cut, expected_places, is_tie
 from tmc_export.verify.recorded import Case, CaseTurn
 from tmc_export.verify.tolerances import Tolerance, margin_bound
 
@@ -74,12 +74,13 @@ class _Runner:
             label, ties = f"{name}/picture {picture + 1}", False
             wanted = [s for s in turn.expected.stages if s.picture == picture + 1 and not s.at.startswith("decoder")]
             for number, stage in enumerate(wanted):
-                got = out.get(f"source.{number}")
+                found = out.get(f"source.{number}")
+                got = None if found is None else found[0].astype(np.int64)
                 check = compare_indices(
                     f"{label}/{stage.method} at {stage.at}",
-                    None if got is None else got[0].astype(np.int64),
+                    got,
                     stage.source,
-                    tied=stage.tied(margin_bound(self.precision)),
+                    tied=got is not None and stage.excuses_source(got, margin_bound(self.precision)),
                     margin=stage.margin,
                     subgraph=spec.file,
                 )
@@ -156,11 +157,12 @@ class _Runner:
         label = f"{name}/cut before block {cut.before_block}"
         for number, traces in enumerate(by_cut(turn.expected.stages, cut.layer)):
             got = out.get(f"kept.{number}")
+            live = None if got is None else got[0][got[0] >= 0]
             check = compare_indices(
                 f"{label}/{traces[0].method}",
-                None if got is None else got[0][got[0] >= 0],
+                live,
                 expected_places(traces, cut, self.program.images),
-                tied=any(t.tied(margin_bound(self.precision)) for t in traces),
+                tied=is_tie(traces, live, cut, self.program.images, margin_bound(self.precision)),
                 margin=min((t.margin for t in traces if t.margin is not None), default=None),
                 subgraph=cut.file,
             )
