@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import onnx_ir as ir
@@ -23,11 +24,30 @@ _FOLD_INPUT, _FOLD_OUTPUT = 1 << 16, 1 << 22
 """Constants up to these sizes (elements) are folded; weights are larger and stay lazy."""
 
 
+def _fold(model: ir.Model, *, iterations: int, infer_shapes: bool) -> None:
+    """Fold constants; what the optimizer leaves alone it would tell at length, and `AssertStaticPass` judges the result anyway."""
+    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        optimizer.optimize_ir(
+            model,
+            num_iterations=iterations,
+            onnx_shape_inference=infer_shapes,
+            input_size_limit=_FOLD_INPUT,
+            output_size_limit=_FOLD_OUTPUT,
+        )
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 def clean(model: ir.Model) -> ir.Model:
     """Passes that a traced graph gets once, still symbolic: identities, common terms, weights as MatMul reads them."""
     names = output_names(model)
     FoldWeightTransposesPass()(model)  # first: the optimizer would evaluate a weight to fold its Transpose
-    optimizer.optimize_ir(model, input_size_limit=_FOLD_INPUT, output_size_limit=_FOLD_OUTPUT, onnx_shape_inference=False)
+    _fold(model, iterations=2, infer_shapes=False)
     passes = ir.passes.Sequential(
         common.CommonSubexpressionEliminationPass(),
         common.IdentityEliminationPass(),
@@ -52,7 +72,7 @@ def specialize(model: ir.Model, sizes: Mapping[str, int], name: str) -> ir.Model
     static.graph.name = name
     names = output_names(static)
     ir.passes.Sequential(SpecializeSizesPass(sizes), DropEmptyInputsPass())(static)
-    optimizer.optimize_ir(static, num_iterations=3, input_size_limit=_FOLD_INPUT, output_size_limit=_FOLD_OUTPUT)
+    _fold(static, iterations=3, infer_shapes=True)
     ir.passes.Sequential(common.ShapeInferencePass(), DivideByRootPass(), GroupQueryHeadsPass())(static)
     finish = ir.passes.Sequential(
         common.CommonSubexpressionEliminationPass(), common.RemoveUnusedNodesPass(), DropEmptyInputsPass(),
