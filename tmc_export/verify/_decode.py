@@ -17,6 +17,7 @@ from tmc_export.core.errors import ExportError
 from tmc_export.graphs._contract import Attention, Context, Need, TextEmbeds
 from tmc_export.plan.types import CutPlan, Plan, StagePlan
 from tmc_export.verify._apply import apply_stage, from_weights
+from tmc_export.verify._queries import queries_of
 from tmc_export.verify._towers import ReferenceModel
 from tmc_export.verify._trace import BlockTrace, StageTrace
 
@@ -124,6 +125,7 @@ class Decoder:
         half = next(model.head.parameters()).dtype != torch.float32
         self._hidden_key = -3.0e4 if half else float("-inf")
         self._weights: dict[int, Tensor] = {}
+        self._queries: dict[int, Tensor] = {}
         for cut in plan.cuts:
             if cut.attention("previous"):
                 model.text.layers[cut.layer - 1].self_attn.register_forward_hook(self._record(cut.layer - 1))
@@ -195,6 +197,15 @@ class Decoder:
 
     # ------------------------------------------------------------------------------------------------------------ layers
     def _layer(self, layer: int, tokens: Tokens) -> Tensor:
+        found: list[Tensor] = []
+        if self.trace and tokens.hidden.shape[1] > 1 and layer + 1 in self.cuts:
+            with queries_of(self.model.text.layers[layer].self_attn, found):
+                hidden = self._run(layer, tokens)
+            self._queries[layer] = found[-1]
+            return hidden
+        return self._run(layer, tokens)
+
+    def _run(self, layer: int, tokens: Tokens) -> Tensor:
         self.cache.orders[layer] = torch.cat([self.cache.orders[layer], tokens.order])
         out = self.model.text.layers[layer](
             tokens.hidden,
@@ -337,6 +348,7 @@ class Decoder:
                 group=opened.group.numpy().copy(),
                 keys={i: new(self.cache.keys[i]) for i in layers},
                 values={i: new(self.cache.values[i]) for i in layers},
+                queries={i: self._queries[i].float().numpy().copy() for i in layers if i in self._queries},
             )
         )
 

@@ -87,6 +87,7 @@ class BlockTrace:
         order: `[T]` places in the conversation, which the masks are made of.
         group: `[T]` 0 text, else the picture's number within the turn.
         keys, values: layer → `[g, T, d]`, as the layer put them into its cache.
+        queries: layer → `[h, T, d]`, rotated and scaled; of the layers that the cut after this block scores with.
     """
 
     first: int
@@ -98,6 +99,7 @@ class BlockTrace:
     group: NDArray[np.int64]
     keys: Mapping[int, NDArray[np.float32]] = field(default_factory=dict)
     values: Mapping[int, NDArray[np.float32]] = field(default_factory=dict)
+    queries: Mapping[int, NDArray[np.float32]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,6 @@ def check_subgraphs(bundle: Path, program: Program, cases: Sequence[Case], toler
 class _Runner:
     def __init__(self, program: Program, backend: Backend, tolerance: Tolerance, precision: str) -> None:
         self.program, self.backend, self.tolerance, self.precision = program, backend, tolerance, precision
-        self.queries: dict[str, Array] = {}
 
     def _float(self, array: Array) -> Array:
         return np.ascontiguousarray(array, dtype=self.program.dtype)
@@ -103,15 +102,18 @@ class _Runner:
 
     # ------------------------------------------------------------------------------------------------------------ blocks
     def block(self, name: str, turn: CaseTurn, block: BlockProgram) -> Iterator[Check]:
-        """All phases of a block; the query rows of the prefill are kept for the cut after it."""
+        """All phases of a block."""
         trace = turn.expected.blocks[block.index]
         count = trace.order.shape[0]
         for phase, spec in block.phases.items():
             start = 0 if phase == "prefill" else max(0, count - spec.tokens)
             out = self._run(block, trace, spec, start)
-            if phase == "prefill":
-                self.queries = {n: out[n] for n in out if n.startswith("query.")}
             label = f"{name}/block {block.index} {phase}"
+            for layer, rows in block.query_rows.items():
+                made = out.get(f"query.{layer}")
+                want = trace.queries[layer][:, -1:] if rows == "last" else trace.queries[layer][:, start:]
+                got = None if made is None else made[0, :, : want.shape[1]]
+                yield compare_tensor(f"{label}/query {layer}", got, want, self.tolerance, spec.file)
             if block.head:
                 logits = out["logits"] if "logits" in out else None
                 yield compare_tensor(f"{label}/logits", logits, turn.expected.logits[:1], self.tolerance, spec.file)
@@ -213,9 +215,11 @@ class _Runner:
         }
         if cut.previous and before is not None:
             layer, slots = cut.layer - 1, self.program.blocks[cut.before_block - 1].capacity
-            query = self.queries[f"query.{layer}"]
-            if self.program.blocks[cut.before_block - 1].query_rows[layer] == "all":
-                query = np.ascontiguousarray(_pad(query[0, :, :count].swapaxes(0, 1), size).swapaxes(0, 1)[None])
+            rows = before.queries[layer]
+            if self.program.blocks[cut.before_block - 1].query_rows[layer] == "last":
+                query = self._float(rows[None, :, -1:])
+            else:
+                query = self._slots(rows, size)
             feed |= {"slots": _pad(np.arange(count), size)[None], "slot_order": _pad(order, slots)[None]}
             feed |= {"slot_valid": (np.arange(slots) < count)[None], f"query.{layer}": query}
             feed[f"key.{layer}"] = self._slots(before.keys[layer], slots)
