@@ -64,9 +64,7 @@ def show_figures(asked: list[dict[str, str]], answers: dict[str, list[Answer]], 
         size = sum(e.size for n, e in sessions[name].manifest.files.items() if n.startswith("onnx/"))
         visual = " -> ".join(str(n) for n in given[0].visual_tokens)
         print(f"{name:<14} {right:>4}/{len(asked)} {visual:>15} {first:>10.1f} ms {later:>8.2f} ms {size / 1e6:>6.1f} MB")
-    print(
-        "Times: this machine's CPU, one thread, medians. The model is tiny: its encoder takes most of the first token."
-    )
+    print("Times: this machine's CPU, one thread, medians. The model is tiny: its encoder takes most of the first token.")
 
 
 if __name__ == "__main__":

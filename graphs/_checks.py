@@ -61,7 +61,6 @@ def need_grid(method: str, layout: Layout, at: Site) -> tuple[int, int]:
     """Return the raster of the visual tokens; raises `ValueError` when they form none any more."""
     if layout.grid is None:
         raise ValueError(
-            f"{method} needs a raster of visual tokens at {at}, and an earlier cut left {layout.tokens} without one; put {method} "
-            "first"
+            f"{method} needs a raster of visual tokens at {at}, and an earlier cut left {layout.tokens} without one; put {method} first"
         )
     return layout.grid

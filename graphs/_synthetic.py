@@ -40,9 +40,7 @@ def small_facts(grid: tuple[int, int] = (8, 8), class_tokens: int = 1, width: in
     return ModelFacts(
         family="synthetic",
         architecture="SyntheticForConditionalGeneration",
-        encoder=EncoderFacts(
-            layers=4, width=32, heads=_HEADS, intermediate=64, patch=4, class_tokens=class_tokens, merge=1, grid=grid
-        ),
+        encoder=EncoderFacts(layers=4, width=32, heads=_HEADS, intermediate=64, patch=4, class_tokens=class_tokens, merge=1, grid=grid),
         decoder=DecoderFacts(
             layers=28,
             width=width,

@@ -69,8 +69,7 @@ class PyramidDrop(Method):
         layers = config.layers if config.layers is not None else tuple(first * (i + 1) for i in range(len(config.keep)))
         if not layers or len(layers) != len(config.keep):
             raise ValueError(
-                f"layers: {list(layers)} and keep: {len(config.keep)} budgets differ in number; give one keep for each layer, at "
-                "least one"
+                f"layers: {list(layers)} and keep: {len(config.keep)} budgets differ in number; give one keep for each layer, at least one"
             )
         if layers[0] != first:
             raise ValueError(f"layers: {list(layers)} start at {layers[0]} and at: {at} at {first}; write at: decoder.{layers[0]}")

@@ -77,8 +77,7 @@ class TokenCarve(Method):
         depth = facts.decoder.layers
         if not 1 <= (at.layer or 0) < depth:
             raise ValueError(
-                f"tokencarve at {at} needs a layer before and after the cut; use decoder.1 to decoder.{depth - 1} (the paper: "
-                "decoder.2)"
+                f"tokencarve at {at} needs a layer before and after the cut; use decoder.1 to decoder.{depth - 1} (the paper: decoder.2)"
             )
         return (Stage(at, (_SCORE,)),)
 

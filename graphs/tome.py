@@ -89,8 +89,7 @@ class ToMe(Method):
             raise ValueError(f"layers: {list(layers)} are not ascending layers of the {depth} of the encoder; use 0 to {depth - 1}")
         if isinstance(config.r, tuple) and len(config.r) != len(layers):
             raise ValueError(
-                f"r: {list(config.r)} has {len(config.r)} numbers for {len(layers)} layers that merge; give one for each, or a single "
-                "one"
+                f"r: {list(config.r)} has {len(config.r)} numbers for {len(layers)} layers that merge; give one for each, or a single one"
             )
         return tuple(Stage(Site("encoder", layer, "mid"), (_KEYS,), index) for index, layer in enumerate(layers))
 

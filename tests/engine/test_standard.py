@@ -14,7 +14,7 @@ from tmc_export.engine import EngineOptions, build_engine
 from tmc_export.engine._build import _writer
 from tmc_export.engine._wire import profiles_from
 
-FAKE = '''
+FAKE = """
 import json
 __version__ = "@VERSION@"
 CALLS = @CALLS@
@@ -60,7 +60,7 @@ class Builder:
     if "@STREAM@":
         def build_serialized_network_to_stream(self, network, config, writer):
             say("stream"); return writer.write(b"streamed") == 8
-'''
+"""
 
 
 def place(fake_module, tmp_path: Path, version: str, stream: bool) -> Path:
@@ -118,7 +118,7 @@ def test_an_operator_this_parser_lacks_is_refused_before_the_build(tmp_path: Pat
 def test_a_full_disk_is_said_and_nothing_is_left(tmp_path: Path, graphs, fake_module) -> None:
     place(fake_module, tmp_path, "10.3.0", False)
     path = tmp_path / "fakes/tensorrt.py"
-    path.write_text(path.read_text().replace('return b"plan"', 'import errno, os; raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))'))
+    path.write_text(path.read_text().replace('return b"plan"', "import errno, os; raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))"))
     with pytest.raises(ResourceError, match="No space left on device"):
         build(tmp_path, graphs)
     assert not list(tmp_path.glob("*.engine")) and not list(tmp_path.glob(".*partial"))

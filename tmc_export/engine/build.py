@@ -28,9 +28,7 @@ __all__ = ["Builder", "Progress", "build_engine", "probe", "weight_files"]
 Progress = Callable[[str, str, int, int], None]
 """Called with the engine's name, the builder's phase, the steps done and the steps in all."""
 
-_ERRORS: dict[str, type[TmcError]] = {
-    kind.__name__: kind for kind in (ExportError, LegalityError, MissingExtraError, ResourceError)
-}
+_ERRORS: dict[str, type[TmcError]] = {kind.__name__: kind for kind in (ExportError, LegalityError, MissingExtraError, ResourceError)}
 _ROOT = Path(__file__).resolve().parents[2]
 _EXTRAS = {
     "tensorrt-rtx": "install it with: pip install 'tmc-export[rtx]'",
@@ -109,9 +107,7 @@ def _call(name: str, request: str, on_phase: Callable[[str, int, int], None]) ->
     answer: dict[str, Any] = {}
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         command = [sys.executable, "-m", "tmc_export.engine._worker"]
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
-        )
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
         try:
             if process.stdin is not None:
                 process.stdin.write(request)
