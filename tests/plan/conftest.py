@@ -31,7 +31,7 @@ def write(tmp_path: Path) -> Writer:
         model: str = "dtype: float16",
         inputs: str = "images: 1, text_tokens: 128, new_tokens: 256",
         quantize: str = "{}",
-        target: str = "device: jetson-agx-orin-64gb, runtime: tensorrt",
+        target: str = "device: jetson-agx-orin-64gb, runtime: tensorrt, decode_width: 1",
         source: Path = DATA,
     ) -> Recipe:
         lines = [

@@ -70,7 +70,7 @@ def test_a_device_file_is_sought_from_the_working_directory(tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("args", "code", "says"),
     [
-        (("--set", MODEL, "--device", "jetson-orin-nano-8gb"), 3, "running needs about 8.0 GiB"),
+        (("--set", MODEL, "--device", "jetson-orin-nano-8gb", "--set", "target.decode_width=1"), 3, "running needs about 8.0 GiB"),
         (("--set", MODEL, "--set", "compress.1.at=decoder.40"), 3, "method 'fastv' at decoder.40"),
         (("--set", MODEL, "--set", "compress.1.method=fastvv"), 2, "--set compress.1.method=fastvv: "),
         (("--set", MODEL, "--device", "rtx-4009"), 2, "did you mean 'rtx-4090'"),

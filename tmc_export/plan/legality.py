@@ -284,7 +284,7 @@ def notes_of(recipe: Recipe, plan: Plan, device: Device, room: Room | None) -> t
         found.append("memory_tight has no effect on TensorRT engines: one engine serves all phases")
     elif recipe.target.memory_tight and not tight_helps(plan):
         found.append("memory_tight shares only float32 weights between onnxruntime's sessions; float16 and int4 are copied in each")
-    if recipe.target.decode_width > 1 and runtime == "onnxruntime":
+    if "decode_width" in recipe.target.model_fields_set and runtime == "onnxruntime":
         found.append("decode_width has no effect with onnxruntime, which takes one token at a time")
     if len(plan.vision) > 1 and plan.cuts:
         found.append("budgets at decoder sites are counted for the picture bucket of the most tokens; a smaller picture keeps as many")

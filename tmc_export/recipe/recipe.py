@@ -215,14 +215,15 @@ class Target(_Strict):
     Attributes:
         device: a shipped device or a device file relative to the recipe.
         runtime: what executes the graphs there.
-        decode_width: tokens the decode subgraph takes at once; a width of 2 stores TensorRT-RTX weights once.
+        decode_width: tokens the decode profile of an engine takes at once. A width of 1 stores the weights twice (its kernels want another
+            layout), 2 stores them once.
         memory_tight: one session for all phases instead of one each.
         compute_capabilities: what a TensorRT-RTX engine is built for, such as `"8.9"`; the device's own when absent.
     """
 
     device: Text = Field(default="cpu", description="a shipped device, see: tmc-export devices; or a device file")
     runtime: Literal["onnxruntime", "tensorrt", "tensorrt-rtx"] = Field(default="onnxruntime", description="what executes the graphs")
-    decode_width: Count = Field(default=1, description="tokens the decode subgraph takes at once")
+    decode_width: Count = Field(default=2, description="tokens the decode profile of an engine takes at once")
     memory_tight: bool = Field(default=False, description="spend speed to keep one copy of the weights")
     compute_capabilities: tuple[Annotated[str, AfterValidator(_check_capability)], ...] | None = Field(
         default=None, description="compute capabilities of a TensorRT-RTX engine, such as '8.9'"
