@@ -111,7 +111,7 @@ def _same_turn(name: str, got: ReferenceTurn, want: ReferenceTurn, table: Tolera
 
 
 def compare_half(model: Path, plan: Plan, case: Case, *, judged: bool) -> tuple[list[Check], str]:
-    """Record the largest magnitude of every operator in float32, and answer the same turn in torch's half precision.
+    """Answer a turn in torch's half precision, record the largest magnitude of every operator, and compare with float32.
 
     Args:
         model: the checkpoint.
@@ -125,9 +125,11 @@ def compare_half(model: Path, plan: Plan, case: Case, *, judged: bool) -> tuple[
     turn = case.turns[0]
     reference = Reference(model, plan)
     ids, group = expand_image_tokens(turn.ids, plan.facts.image_token, reference.visual_tokens(turn.pixels, turn.buckets))
-    modules = {name: module for name, module in reference.model.whole.named_modules() if name}
+    exact = reference.turn(turn.pixels, ids, group.astype(np.int64), forced=turn.expected.tokens, buckets=turn.buckets)
+    lower = Reference(model, plan, dtype="float16")
+    modules = {name: module for name, module in lower.model.whole.named_modules() if name}
     with RangeRecorder(modules) as recorder:
-        exact = reference.turn(turn.pixels, ids, group.astype(np.int64), forced=turn.expected.tokens, buckets=turn.buckets)
+        half = lower.turn(turn.pixels, ids, group.astype(np.int64), forced=turn.expected.tokens, buckets=turn.buckets)
     ranges = recorder.ranges()
     largest = ranges[0]
     over, near = [r for r in ranges if r.overflows], [r for r in ranges if r.near]
@@ -137,9 +139,6 @@ def compare_half(model: Path, plan: Plan, case: Case, *, judged: bool) -> tuple[
     checks = [
         Check("overflow", None, not (over and judged), f"{len(over)} operators exceed float16, first {over[0].place}" if over else "")
     ]
-    half = Reference(model, plan, dtype="float16").turn(
-        turn.pixels, ids, group.astype(np.int64), forced=turn.expected.tokens, buckets=turn.buckets
-    )
     table = tolerance("end_to_end", "float16")
     same = [s.kept.tolist() for s in half.stages] == [s.kept.tolist() for s in exact.stages]
     checks.append(compare_logits(f"{case.name}/logits in torch half", half.logits, exact.logits, table))

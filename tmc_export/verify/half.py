@@ -1,7 +1,9 @@
 """Does a model's arithmetic stay inside float16? onnxruntime's CPU path computes float16 graphs in float32, so it cannot say; PyTorch can.
 
-Every tensor that any operator makes is looked at, through a dispatch mode, so nothing is missed except what PyTorch itself fuses into one
-operator.
+The model runs in PyTorch's half precision, and every float16 tensor that any operator makes is looked at, through a dispatch mode, so
+nothing is missed except what PyTorch itself fuses into one operator. What the model or a method computes in float32 on purpose (the squares
+of a norm, a softmax, scores) has float32's range on a device too, and is not looked at. Hugging Face scales attention's products after the
+multiplication, the exported graph its queries before: there the figure is the larger one.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from tmc_export.verify.tolerances import FLOAT16_MAX
 
 __all__ = ["Range", "RangeRecorder"]
 
-_MASK = 1e37
-"""Magnitudes from here on are written, not computed: infinities of masks, and what methods put in place of scores that do not count."""
+_MASK = (-3.5e4, -2.5e4)
+"""Scores in here carry the mask of -3e4 that the reference and the graphs add in half precision; they are no activations."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Range:
 
     Attributes:
         place: module path and operator, `"language_model.layers.3.mlp: aten.mul"`.
-        largest: max |x| over finite values.
+        largest: max |x|; infinite when a value left float16.
     """
 
     place: str
@@ -45,7 +47,7 @@ class Range:
 
 
 class RangeRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records max |x| per module and operator while active. Masks do not count.
+    """Records max |x| of float16 tensors per module and operator while active. Masks do not count.
 
     Args:
         modules: the model's modules by name, whose entry and exit say where an operator runs.
@@ -75,17 +77,18 @@ class RangeRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if "empty" in str(func):  # memory as it was found: nothing has been computed yet
             return out
         for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.numel():
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float16 and tensor.numel():
                 self._see(f"{self._where[-1]}: {func}", tensor)
         return out
 
     def _see(self, place: str, tensor: torch.Tensor) -> None:
         values = tensor.detach().float()
-        finite = torch.where(values.abs() < _MASK, values.abs(), 0.0)
-        self._found[place] = max(self._found.get(place, 0.0), float(finite.max()))
+        masked = (values > _MASK[0]) & (values < _MASK[1])
+        sizes = torch.where(masked, 0.0, values.abs()).nan_to_num(nan=float("inf"), posinf=float("inf"))
+        self._found[place] = max(self._found.get(place, 0.0), float(sizes.max()))
 
     def ranges(self) -> Sequence[Range]:
-        """Return what was seen, largest first, and take the hooks away."""
+        """Return what was seen, largest first (of equal ones, the one that came first), and take the hooks away."""
         for hook in self._hooks:
             hook.remove()
         return sorted((Range(k, v) for k, v in self._found.items()), key=lambda r: -r.largest)
