@@ -142,7 +142,21 @@ def bundle(tmp_path: Path) -> Path:
         {"name": "vision_0", "onnx": "onnx/vision_0.onnx", "precision": "float16", "profiles": [{"name": "static", "shapes": {}}]},
     ]
     (folder / "engines/profiles.json").write_text(json.dumps({"subgraphs": subgraphs}))
+    (folder / "manifest.json").write_text(_manifest())
     return folder
+
+
+def _manifest() -> str:
+    """A manifest that says of its bundle nothing but that it is one."""
+    from tmc_export.bundle.manifest import Manifest
+    from tmc_export.bundle.program import Program
+
+    program = Program(
+        family="none", dtype="float16", batch=1, images=0, width=1, vocabulary=1, heads=1, kv_heads=1, head_dim=1, rope_axes=1,
+        position_rule="sequential", text_tokens=1, new_tokens=1, chunk=1, turns="freeze", image_token=0, image_text="", eos=(), vision=(),
+        embed={}, blocks=(), cuts=(),
+    )  # fmt: skip
+    return Manifest(name="test", key="", recipe={}, plan={}, checkpoint={}, versions={}, program=program).model_dump_json()
 
 
 @pytest.fixture
