@@ -1,6 +1,6 @@
 """Times onnxruntime-genai on one model folder in a process of its own; runs in the environment that `genai_compare.py` makes.
 
-    python benchmarks/_genai_worker.py FOLDER --prompt 640 --prefills 3 --tokens 32
+    python benchmarks/_genai_worker.py FOLDER --prompt 640 --prefills 3 --tokens 32 --threads 2
 
 Prints one JSON object like `_decoder_worker.py`. A prefill is `append_tokens`, which ends with the logits of the prompt; a token is
 `generate_next_token` from the third on.
@@ -23,8 +23,11 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=640)
     parser.add_argument("--prefills", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=0)
+    parser.add_argument("--threads", type=int, required=True)
     options = parser.parse_args()
-    model = og.Model(options.folder)
+    config = og.Config(options.folder)
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": options.threads}}}}))
+    model = og.Model(config)
     ids = np.random.default_rng(0).integers(300, 30000, options.prompt).astype(np.int32)
     length = options.prompt + max(options.tokens, 1) + 4
     prefill: list[float] = []

@@ -3,12 +3,13 @@
     python benchmarks/genai_compare.py [--rounds 7] [--keep DIR]
 
 The 0.36B decoder of `decoder036b.py`, 640-token prompt. onnxruntime-genai is installed into an environment of its own, which sees the
-packages of this one (the same onnxruntime library); its `models.builder` makes an fp32 graph and int4 graphs (block 32, symmetric,
-accuracy levels 4 and 1) of a local folder. Its graphs answer only the prompt's last row (`prune_lm_head`), and its int4 graphs keep the
-head in fp32, as ours do. Every measurement is a process of its own; they take turns.
+packages of this one (the same onnxruntime library); its `models.builder` makes graphs of a local folder: fp32 as it makes it by itself,
+whose head answers every row of the prompt; `last-row`, fp32 with `prune_lm_head`, which answers the last row, as ours does; and int4
+(block 32, symmetric, accuracy levels 4 and 1, last row, head in fp32, as ours). Both runtimes get the same number of threads (left alone,
+onnxruntime-genai took one). Every measurement is a process of its own; they take turns.
 
-Ours includes the token table in a prefill, and writing the KV slots; theirs what `append_tokens` does. A token is one
-step of greedy search.
+Ours includes the token table in a prefill, and writing the KV slots; theirs what `append_tokens` does. A token is one step of greedy
+search.
 """
 
 from __future__ import annotations
@@ -54,19 +55,19 @@ def build_theirs(python: Path, base: Path, name: str, precision: str, options: l
     out = base / f"genai-{name}"
     if not (out / "genai_config.json").is_file():
         flags = ["-i", str(base / "lm"), "-o", str(out), "-p", precision, "-e", "cpu", "-c", str(base / "cache")]
-        command = [str(python), "-m", "onnxruntime_genai.models.builder", *flags, "--extra_options", "prune_lm_head=true", *options]
+        command = [str(python), "-m", "onnxruntime_genai.models.builder", *flags, *(["--extra_options", *options] if options else [])]
         with (base / f"{name}.log").open("wb") as log:
             subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     return out
 
 
-def theirs(python: Path, folder: Path, prefills: int, tokens: int = 0) -> dict[str, Any]:
+def theirs(python: Path, folder: Path, prefills: int, tokens: int, threads: int) -> dict[str, Any]:
     """Time one of their graphs once."""
     worker = str(Path(__file__).with_name("_genai_worker.py"))
-    return run_json([str(python), worker, str(folder), "--prefills", str(prefills), "--tokens", str(tokens)])
+    return run_json([str(python), worker, str(folder), "--prefills", str(prefills), "--tokens", str(tokens), "--threads", str(threads)])
 
 
-def prepare(base: Path) -> dict[str, Any]:
+def prepare(base: Path, threads: int) -> dict[str, Any]:
     """Make models, bundles and graphs; returns the measurements by name."""
     if not (base / "model").exists():
         write_llava(base / "model", QWEN2_036B, CLIP_TINY_336)
@@ -75,15 +76,17 @@ def prepare(base: Path) -> dict[str, Any]:
     python = environment(base)
     ours32, ours4 = build(base, "uncompressed", []), build(base, "uncompressed_int4", [], quantize=INT4)
     theirs32 = build_theirs(python, base, "fp32", "fp32", [])
+    last_row = build_theirs(python, base, "fp32-last-row", "fp32", ["prune_lm_head=true"])
     what: dict[str, Any] = {
-        "fp32 ours": partial(measure, ours32, 3, TOKENS),
-        "fp32 genai": partial(theirs, python, theirs32, 3, TOKENS),
+        "fp32 ours": partial(measure, ours32, 3, TOKENS, threads=threads),
+        "fp32 genai": partial(theirs, python, theirs32, 3, TOKENS, threads),
+        "fp32 last-row genai": partial(theirs, python, last_row, 3, TOKENS, threads),
     }
     for level in (4, 1):
-        options = [f"accuracy_level={level}", "block_size=32", "nodes_to_exclude=/lm_head/MatMul"]
+        options = ["prune_lm_head=true", f"accuracy_level={level}", "block_size=32", "nodes_to_exclude=/lm_head/MatMul"]
         folder = build_theirs(python, base, f"int4-{level}", "int4", options)
-        what[f"int4 level {level} ours"] = partial(measure, ours4, 2, TOKENS, level)
-        what[f"int4 level {level} genai"] = partial(theirs, python, folder, 2, TOKENS)
+        what[f"int4 level {level} ours"] = partial(measure, ours4, 2, TOKENS, level, threads)
+        what[f"int4 level {level} genai"] = partial(theirs, python, folder, 2, TOKENS, threads)
     return what
 
 
@@ -91,15 +94,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--keep", help="a folder for models, bundles and the environment that stays")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of both runtimes; by default one per core")
     options = parser.parse_args()
     with workplace(14 << 30, options.keep) as base:
-        found = alternate(prepare(base), options.rounds)
+        found = alternate(prepare(base, options.threads), options.rounds)
         code = "import importlib.metadata, json; print(json.dumps({'v': importlib.metadata.version('onnxruntime-genai')}))"
         version = run_json([str(environment(base)), "-c", code])["v"]
     rows: list[dict[str, object]] = []
     raw: dict[str, Any] = {}
-    for graphs in ("fp32", "int4 level 4", "int4 level 1"):
-        pair = found[f"{graphs} ours"], found[f"{graphs} genai"]
+    for graphs in ("fp32", "fp32 last-row", "int4 level 4", "int4 level 1"):
+        pair = found[f"{graphs.removesuffix(' last-row')} ours"], found[f"{graphs} genai"]
         for kind, key in (("prefill", "prefill_ms"), ("decode", "token_ms")):
             times = [spread([t for run in runs for t in run[key]]) for runs in pair]
             ratio = paired(*pair, key)
@@ -116,9 +120,9 @@ def main() -> None:
         raw[f"peak_rss_mib {name}"] = spread([r["peak_rss_mib"] for r in runs])
     what = (
         f"Uncompressed decoder of 0.36 billion weights against onnxruntime-genai {version}: the same onnxruntime library, 640-token "
-        "prompt, int4 in blocks of 32, heads in fp32."
+        f"prompt, int4 in blocks of 32, heads in fp32, {options.threads} thread(s) each."
     )
-    print(save("genai_compare", {"what": what, "genai": version, "rows": rows, "raw": raw}))
+    print(save("genai_compare", {"what": what, "genai": version, "threads": options.threads, "rows": rows, "raw": raw}))
 
 
 if __name__ == "__main__":
