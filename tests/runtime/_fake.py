@@ -104,6 +104,9 @@ class FakeGraph:
         assert cut is not None
         return self._cut(cut, feed)
 
+    def step(self, feed: Mapping[str, Array]) -> dict[str, Array]:
+        return self.run(feed)
+
     def _shaped(self, array: Array, *shape: int) -> Array:
         assert array.shape == shape, f"{self.file}: got {array.shape}, built for {shape}"
         return array

@@ -19,7 +19,7 @@ from tmc_export.export.skeleton import make_skeleton
 from tmc_export.export.store import WeightStore
 from tmc_export.families import FAMILIES
 from tmc_export.families._contract import DecoderParts, Family, ModelFiles
-from tmc_export.passes.pipeline import clean, specialize
+from tmc_export.passes.pipeline import clean, finish, specialize
 from tmc_export.plan.types import BlockPlan, CutPlan, Plan, VisionPlan
 from tmc_export.surgery.attention import register_attention
 from tmc_export.surgery.block import DecoderBlock
@@ -69,9 +69,12 @@ class _Exporter:
         )  # fmt: skip
         return clean(model)
 
-    def _save(self, model: ir.Model, name: str, sizes: dict[str, int], kind: GraphKind, data: str) -> str:
-        static = specialize(model, sizes, name)
+    def _save(
+        self, model: ir.Model, name: str, sizes: dict[str, int], kind: GraphKind, data: str, append: bool = False, fuse: bool = False
+    ) -> str:
+        static = specialize(model, sizes, name, append=append)
         self.schemes.apply(static, kind)
+        finish(static, fuse=fuse)
         self.store.externalize(static, data)
         path = self.onnx / f"{name}.onnx"
         ir.save(static, path)
@@ -124,10 +127,12 @@ class _Exporter:
         phases: dict[PhaseName, tuple[int, int]] = {
             "prefill": (plan.tokens, 0), "chunk": (self.plan.chunk, plan.capacity), "decode": (1, plan.capacity),
         }  # fmt: skip
-        programs = {
-            phase: GraphPhase(file=self._save(model, f"{name}_{phase}", {"T": t, "P": p}, "block", f"{name}.data"), tokens=t, past=p)
-            for phase, (t, p) in phases.items()
-        }
+        programs: dict[PhaseName, GraphPhase] = {}
+        for phase, (t, p) in phases.items():
+            append = phase == "decode"
+            fuse = append and self.plan.runtime == "onnxruntime" and set(self.plan.windows[plan.first : plan.last]) == {None}
+            file = self._save(model, f"{name}_{phase}", {"T": t, "P": p - append}, "block", f"{name}.data", append, fuse)
+            programs[phase] = GraphPhase(file=file, tokens=t, past=p)
         self._symbolic(model, name, phases, names[0], inputs, symbols)
         return BlockProgram(
             index=plan.index, first=plan.first, last=plan.last, tokens=plan.tokens, capacity=plan.capacity,
@@ -164,6 +169,7 @@ class _Exporter:
         symbolic = model.clone()
         symbolic.graph.name = name
         self.schemes.apply(symbolic, "block")
+        finish(symbolic)
         self.store.externalize(symbolic, f"{name}.data")
         for value in symbolic.graph.initializers.values():
             tensor = value.const_value

@@ -11,9 +11,10 @@ weights: a quarter of the step at int4.
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes
+
+from tmc_export.passes._rewrite import add, made_by, replace, reshape, sizes
 
 __all__ = ["GroupQueryHeadsPass"]
 
@@ -30,45 +31,15 @@ class GroupQueryHeadsPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, any([_group(model.graph, node) for node in found]))
 
 
-def _sizes(value: ir.Value | None) -> tuple[int, ...] | None:
-    """The shape as numbers; None where it is open."""
-    if value is None or value.shape is None or not value.shape.is_static():
-        return None
-    return tuple(int(d) for d in value.shape.numpy())
-
-
-def _step(value: ir.Value | None, operator: str) -> ir.Node | None:
-    """The node that makes a value, if it is of that operator."""
-    node = value.producer() if value is not None else None
-    return node if node is not None and node.op_type == operator and node.domain in ("", "ai.onnx") else None
-
-
-def _add(graph: ir.Graph, before: ir.Node, node: ir.Node, shape: tuple[int, ...], suffix: str) -> ir.Value:
-    """Put a node with one output of that shape before another; dtype and name come from the other's output."""
-    old, out = before.outputs[0], node.outputs[0]
-    out.shape, out.type, out.name = ir.Shape(shape), old.type, f"{old.name}.{suffix}"
-    graph.insert_before(before, node)
-    return out
-
-
-def _reshape(graph: ir.Graph, before: ir.Node, value: ir.Value | None, shape: tuple[int, ...], suffix: str) -> ir.Value:
-    """Put a Reshape of `value` before a node."""
-    name = f"sizes_{'x'.join(map(str, shape))}"
-    if name not in graph.initializers:
-        tensor = ir.Tensor(np.array(shape, np.int64), name=name)
-        graph.initializers[name] = ir.Value(name=name, shape=ir.Shape([len(shape)]), type=ir.TensorType(tensor.dtype), const_value=tensor)
-    return _add(graph, before, ir.node("Reshape", [value, graph.initializers[name]]), shape, suffix)
-
-
 def _shared_heads(value: ir.Value | None) -> ir.Value | None:
     """The `[b, g, s, d]` that was expanded to `[b, h, s, d]`; None where nothing was."""
-    found = _sizes(value)
+    found = sizes(value)
     for operator in ("Reshape", "Expand", "Unsqueeze"):
-        node = _step(value, operator)
+        node = made_by(value, operator)
         if node is None:
             return None
         value = node.inputs[0]
-    source = _sizes(value)
+    source = sizes(value)
     if found is None or source is None or len(found) != 4 or len(source) != 4:
         return None
     same = found[0] == source[0] and found[2:] == source[2:] and found[1] % source[1] == 0 and found[1] != source[1]
@@ -77,22 +48,21 @@ def _shared_heads(value: ir.Value | None) -> ir.Value | None:
 
 def _group(graph: ir.Graph, node: ir.Node) -> bool:
     left, right, out = node.inputs[0], node.inputs[1], node.outputs[0]
-    turned = _step(right, "Transpose")
+    turned = made_by(right, "Transpose")
     if turned is not None and tuple(turned.attributes.get_ints("perm", [])) != (0, 1, 3, 2):
         return False
     shared = _shared_heads(turned.inputs[0] if turned is not None else right)
-    rows, result, kept = _sizes(left), _sizes(out), _sizes(shared)
+    rows, result, kept = sizes(left), sizes(out), sizes(shared)
     if shared is None or rows is None or result is None or kept is None or len(rows) != 4 or out.is_graph_output():
         return False
     batch, heads, queries, width = rows
     if queries * _KEYS_PER_QUERY > kept[2]:
         return False
     wide = (batch, kept[1], heads // kept[1] * queries)
-    merged = _reshape(graph, node, left, (*wide, width), "rows")
+    merged = reshape(graph, node, left, (*wide, width), "rows")
     if turned is not None:
         turn = ir.node("Transpose", [shared], attributes={"perm": [0, 1, 3, 2]})
-        shared = _add(graph, node, turn, (*kept[:2], kept[3], kept[2]), "keys")
-    product = _add(graph, node, ir.node("MatMul", [merged, shared]), (*wide, result[3]), "grouped")
-    out.replace_all_uses_with(_reshape(graph, node, product, result, "heads"))
-    graph.remove(node, safe=True)
+        shared = add(graph, node, turn, (*kept[:2], kept[3], kept[2]), "keys")
+    product = add(graph, node, ir.node("MatMul", [merged, shared]), (*wide, result[3]), "grouped")
+    replace(graph, node, reshape(graph, node, product, result, "heads"))
     return True

@@ -10,15 +10,20 @@ import onnx_ir.passes
 import onnx_ir.passes.common as common
 from onnxscript import optimizer
 
+from tmc_export.passes.append_in_place import AppendInPlacePass
 from tmc_export.passes.assert_static import AssertStaticPass
 from tmc_export.passes.divide_by_root import DivideByRootPass
 from tmc_export.passes.drop_empty_inputs import DropEmptyInputsPass
 from tmc_export.passes.fold_weight_transposes import FoldWeightTransposesPass
+from tmc_export.passes.fuse_decode_attention import FuseDecodeAttentionPass
 from tmc_export.passes.group_query_heads import GroupQueryHeadsPass
+from tmc_export.passes.join_projections import JoinProjectionsPass
 from tmc_export.passes.keep_outputs import KeepOutputsPass, output_names
+from tmc_export.passes.merge_reshapes import MergeReshapesPass
+from tmc_export.passes.sign_rotation import SignRotationPass
 from tmc_export.passes.specialize_sizes import SpecializeSizesPass
 
-__all__ = ["clean", "specialize"]
+__all__ = ["clean", "finish", "specialize"]
 
 _FOLD_INPUT, _FOLD_OUTPUT = 1 << 16, 1 << 22
 """Constants up to these sizes (elements) are folded; weights are larger and stay lazy."""
@@ -57,13 +62,14 @@ def clean(model: ir.Model) -> ir.Model:
     return passes(model).model
 
 
-def specialize(model: ir.Model, sizes: Mapping[str, int], name: str) -> ir.Model:
+def specialize(model: ir.Model, sizes: Mapping[str, int], name: str, *, append: bool = False) -> ir.Model:
     """Return a static copy of a symbolic graph.
 
     Args:
         model: cleaned; left as it is (weights are shared, not copied).
         sizes: symbol → number.
         name: of the result, for messages.
+        append: the graph takes one token and writes it into the slots, of which there is one more than `sizes` says.
 
     Raises:
         ExportError: a shape stays open or an operator is not allowed.
@@ -73,9 +79,29 @@ def specialize(model: ir.Model, sizes: Mapping[str, int], name: str) -> ir.Model
     names = output_names(static)
     ir.passes.Sequential(SpecializeSizesPass(sizes), DropEmptyInputsPass())(static)
     _fold(static, iterations=3, infer_shapes=True)
-    ir.passes.Sequential(common.ShapeInferencePass(), DivideByRootPass(), GroupQueryHeadsPass())(static)
+    if append:
+        common.ShapeInferencePass()(static)
+        AppendInPlacePass()(static)
+        names = output_names(static)
+    ir.passes.Sequential(
+        common.ShapeInferencePass(), DivideByRootPass(), SignRotationPass(), GroupQueryHeadsPass(), MergeReshapesPass(),
+    )(static)  # fmt: skip
     finish = ir.passes.Sequential(
         common.CommonSubexpressionEliminationPass(), common.RemoveUnusedNodesPass(), DropEmptyInputsPass(),
         KeepOutputsPass(names), common.ShapeInferencePass(), common.NameFixPass(),
     )  # fmt: skip
     return AssertStaticPass(name)(finish(static).model).model  # by itself: a sequence would wrap its error
+
+
+def finish(model: ir.Model, *, fuse: bool = False) -> None:
+    """Passes that need to know how each weight is stored, in place: what reads one value is joined.
+
+    Args:
+        model: static, or symbolic for the engine builder; weight schemes applied.
+        fuse: the graph takes one token, no layer has a window, and onnxruntime runs it: use its operator for attention.
+    """
+    names = output_names(model)
+    ir.passes.Sequential(
+        JoinProjectionsPass(), *([FuseDecodeAttentionPass()] if fuse else []), common.RemoveUnusedNodesPass(),
+        common.TopologicalSortPass(), KeepOutputsPass(names),
+    )(model)  # fmt: skip

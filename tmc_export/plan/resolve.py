@@ -57,6 +57,7 @@ def resolve(recipe: Recipe, files: ModelFiles, splits: Sequence[int] = ()) -> Pl
         rope_axes=first.decoder.rope_axes,
         quantize=_quantize(recipe),
         memory_tight=recipe.target.memory_tight,
+        runtime=recipe.target.runtime,
     )
 
 

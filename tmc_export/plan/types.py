@@ -141,6 +141,7 @@ class Plan:
         rope_axes: rotary axes.
         quantize: scheme per part.
         memory_tight: the CPU path keeps one copy of the weights.
+        runtime: what executes the bundle on its device.
     """
 
     name: str
@@ -160,6 +161,7 @@ class Plan:
     rope_axes: int
     quantize: Mapping[str, QuantizePlan] = field(default_factory=dict)
     memory_tight: bool = False
+    runtime: Literal["onnxruntime", "tensorrt", "tensorrt-rtx"] = "onnxruntime"
 
     def cut_before(self, block: int) -> CutPlan | None:
         """Return the cut before a block, if there is one."""

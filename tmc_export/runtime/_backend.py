@@ -27,6 +27,10 @@ class Graph(Protocol):
         """Run once; names that the graph does not have are ignored, a missing one is an error. Returns every output by name."""
         ...
 
+    def step(self, feed: Mapping[str, Array]) -> dict[str, Array]:
+        """Run for one token. A graph that can writes its new rows into the feed's own `past_key_values.*`; `present.*` then is missing."""
+        ...
+
 
 class Backend(Protocol):
     """Opens graphs of one bundle."""

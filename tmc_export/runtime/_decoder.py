@@ -329,7 +329,7 @@ class Decoder:
                 "last": np.zeros(1, np.int64),
                 **slots.feed(),
             }
-            out = self._backend.graph(slots.block.phases["decode"].file).run(feed)
+            out = self._backend.graph(slots.block.phases["decode"].file).step(feed)
             slots.write(out, order)
             slots.next_position += 1
             if slots.block.head:

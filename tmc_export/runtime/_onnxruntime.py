@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnxruntime as ort
 
 from tmc_export.bundle.read import path_in
@@ -20,11 +22,18 @@ if TYPE_CHECKING:
 __all__ = ["OnnxRuntimeBackend"]
 
 
+_FILLED = "slots."
+"""Outputs of this prefix are inputs `past_key_values.*` with a row written; they may have their memory."""
+
+
 class _OrtGraph:
     def __init__(self, session: ort.InferenceSession, file: str) -> None:
         self._session, self._file = session, file
         self.inputs = tuple(i.name for i in session.get_inputs())
-        self._outputs = [o.name for o in session.get_outputs()]
+        outputs = [o.name for o in session.get_outputs()]
+        self._outputs = [name for name in outputs if not name.startswith(_FILLED)]
+        self._filled = {name.replace(_FILLED, "past_key_values.", 1): name for name in outputs if name.startswith(_FILLED)}
+        self._step: _Step | None = None
 
     def run(self, feed: Mapping[str, Array]) -> dict[str, Array]:
         """Run once; arrays are read in place.
@@ -34,14 +43,65 @@ class _OrtGraph:
             BundleError: onnxruntime gives up on it for another reason.
         """
         wanted = {name: feed[name] for name in self.inputs}
+        names = [*self._outputs, *self._filled.values()]
+        with self._errors():
+            found = dict(zip(names, self._session.run(names, wanted), strict=True))
+        for name in self._filled.values():  # the row that was written, as the other phases return it
+            row = int(feed["past_valid"].sum())
+            found[name.replace(_FILLED, "present.", 1)] = found.pop(name)[:, :, row : row + 1]
+        return found
+
+    def step(self, feed: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once and write the new rows into the feed's `past_key_values.*`; a graph without such outputs is run.
+
+        Raises:
+            ResourceError: not enough memory to run it.
+            BundleError: onnxruntime gives up on it for another reason.
+        """
+        if not self._filled:
+            return self.run(feed)
+        with self._errors():
+            if self._step is None:
+                self._step = _Step(self._session, self._filled, self._outputs)
+            return self._step.run({name: feed[name] for name in self.inputs})
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
         try:
-            values = self._session.run(self._outputs, wanted)
+            yield
         except Exception as error:  # onnxruntime raises classes of its own C++ module that share no documented base
             said = str(error).splitlines()[0] if str(error) else type(error).__name__
             if isinstance(error, MemoryError) or "alloc" in said.lower():
                 raise ResourceError(f"not enough memory to run {self._file}: {said}; free memory or build smaller inputs") from error
             raise BundleError(f"onnxruntime {ort.__version__} failed in {self._file}: {said}; verify the bundle") from error
-        return dict(zip(self._outputs, values, strict=True))
+
+
+class _Step:
+    """A binding that stays from token to token: inputs that are the same array are bound once, filled slots have their inputs' memory."""
+
+    def __init__(self, session: ort.InferenceSession, filled: Mapping[str, str], outputs: Sequence[str]) -> None:
+        self._session, self._filled, self._outputs = session, filled, tuple(outputs)
+        self._binding = session.io_binding()
+        self._arrays: dict[str, Array] = {}
+        for name in self._outputs:
+            self._binding.bind_output(name)
+
+    def run(self, feed: Mapping[str, Array]) -> dict[str, Array]:
+        for name, array in feed.items():
+            if self._arrays.get(name) is not array:
+                self._bind(name, array)
+        self._session.run_with_iobinding(self._binding)
+        values = self._binding.get_outputs()
+        return {name: np.array(value.numpy()) for name, value in zip(self._outputs, values, strict=False)}
+
+    def _bind(self, name: str, array: Array) -> None:
+        value = ort.OrtValue.ortvalue_from_numpy(array)
+        self._binding.bind_ortvalue_input(name, value)
+        self._arrays[name] = array
+        if name in self._filled:
+            if value.data_ptr() != array.ctypes.data:
+                raise ValueError(f"input {name} was copied, so that its slots cannot be filled in place")
+            self._binding.bind_ortvalue_output(self._filled[name], value)
 
 
 class OnnxRuntimeBackend:
@@ -71,11 +131,11 @@ class OnnxRuntimeBackend:
             options.log_severity_level = 3
             # A session's threads go on spinning after a run and would take the cores from the next session's: 20 % of a compressed prefill.
             options.add_session_config_entry("session.force_spinning_stop", "1")
+            if self._options.threads is not None:
+                options.intra_op_num_threads = self._options.threads
             options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(self._options.int4_accuracy))
             if self._options.memory_tight:
                 options.add_session_config_entry("session.disable_prepacking", "1")
-            if self._options.threads is not None:
-                options.intra_op_num_threads = self._options.threads
             path = path_in(self._folder, file)
             try:
                 session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

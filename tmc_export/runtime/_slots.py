@@ -70,13 +70,12 @@ class BlockSlots:
             )
 
     def write(self, present: Mapping[str, Array], order: Array) -> None:
-        """Append the first `len(order)` rows of the block's new keys and values."""
+        """Append the first `len(order)` rows of the block's new keys and values; rows that a graph wrote itself are only marked."""
         count, start = order.shape[0], self.used
-        for layer in self._layers:
-            for kind in ("key", "value"):
-                self._buffers[f"past_key_values.{layer}.{kind}"][:, :, start : start + count] = present[f"present.{layer}.{kind}"][
-                    :, :, :count
-                ]
+        for name, buffer in self._buffers.items():
+            rows = present.get(name.replace("past_key_values.", "present.", 1))
+            if rows is not None:
+                buffer[:, :, start : start + count] = rows[:, :, :count]
         self.order[0, start : start + count] = order
         self.valid[0, start : start + count] = True
         self.used += count

@@ -1,0 +1,116 @@
+"""The decode graph: onnxruntime's own attention where onnxruntime runs the bundle, standard ONNX elsewhere, and the same numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import pytest
+
+from tests._tiny import TEXT_ONLY, write_recipe
+from tests.families._small import DecoderName, save_small_llava
+from tmc_export.api import build
+from tmc_export.bundle.program import Program
+from tmc_export.bundle.read import open_manifest
+from tmc_export.runtime._backend import BackendOptions, Graph, open_backend
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+
+FUSED, DECODE = "GroupQueryAttention", "onnx/block_0_decode.onnx"
+ELSEWHERE = TEXT_ONLY.replace("{device: cpu, runtime: onnxruntime}", "{device: rtx-4090, runtime: tensorrt-rtx}")
+
+
+def built(folder: Path, text: str = TEXT_ONLY, decoder: DecoderName = "qwen2", **options: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    if not (folder / "model").exists():
+        save_small_llava(folder / "model", decoder, layers=2, vision_layers=2, **options)
+    name = "here" if text is not ELSEWHERE else "elsewhere"
+    return build(write_recipe(folder, text), folder / name, record=False, engines=False).folder
+
+
+def operators(bundle: Path, file: str = DECODE) -> list[str]:
+    return [node.op_type for node in onnx.load(bundle / file, load_external_data=False).graph.node]
+
+
+def opened(bundle: Path) -> tuple[Program, Graph]:
+    program = open_manifest(bundle).program
+    return program, open_backend("onnxruntime", bundle, BackendOptions(threads=1)).graph(program.blocks[0].phases["decode"].file)
+
+
+def feed(program: Program, filled: int, position: int) -> dict[str, Array]:
+    block, rng = program.blocks[0], np.random.default_rng(0)
+    slots = block.capacity
+    past = {
+        f"past_key_values.{i}.{kind}": rng.standard_normal((1, program.kv_heads, slots, program.head_dim)).astype(np.float32)
+        for i in range(block.first, block.last)
+        for kind in ("key", "value")
+    }
+    order = np.arange(slots, dtype=np.int64)
+    return {
+        "hidden": rng.standard_normal((1, 1, program.width)).astype(np.float32),
+        "positions": np.full((1, 1, 1), position),
+        "order": np.full((1, 1), slots),
+        "valid": np.ones((1, 1), np.bool_),
+        "past_order": order[None],
+        "past_valid": (order < filled)[None],
+        "last": np.zeros(1, np.int64),
+        **past,
+    }
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("decode")
+    return built(folder), built(folder, ELSEWHERE)
+
+
+def test_only_the_decode_graph_of_onnxruntime_has_its_operator(both: tuple[Path, Path]) -> None:
+    here, elsewhere = both
+    assert operators(here).count(FUSED) == 2 and "Softmax" not in operators(here)
+    assert FUSED not in operators(elsewhere) and operators(elsewhere).count("Softmax") == 2
+    for phase in ("prefill", "chunk"):
+        assert FUSED not in operators(here, f"onnx/block_0_{phase}.onnx")
+    assert FUSED not in operators(here, "engines/block_0.onnx")
+
+
+@pytest.mark.parametrize("filled", [0, 1, 17, 47])
+@pytest.mark.parametrize("position", [3, 1000])
+def test_both_give_the_same(both: tuple[Path, Path], filled: int, position: int) -> None:
+    (program, fused), (_, plain) = opened(both[0]), opened(both[1])
+    x = feed(program, filled, position)
+    got, want = fused.run(x), plain.run(x)
+    assert set(got) == set(want) >= {"logits", "present.0.key", "present.1.value"}
+    for name, array in want.items():
+        np.testing.assert_allclose(got[name], array, rtol=0, atol=2e-5, err_msg=name)
+    other = fused.run(feed(program, filled, position + 1))
+    assert np.abs(other["present.0.key"] - want["present.0.key"]).max() > 1e-3  # another position is another rotation
+    if filled:
+        assert np.abs(fused.run(feed(program, filled - 1, position))["logits"] - want["logits"]).max() > 1e-4  # a slot less is seen
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["fused", "standard"])
+def test_a_step_writes_the_row_and_nothing_else(both: tuple[Path, Path], which: int) -> None:
+    program, graph = opened(both[which])
+    x = feed(program, 20, 33)
+    before = {name: array.copy() for name, array in x.items()}
+    want = graph.run(x)
+    for name, array in before.items():
+        np.testing.assert_array_equal(x[name], array, err_msg=name)  # `run` leaves its inputs alone
+    got = graph.step(x)
+    assert "present.0.key" not in got
+    np.testing.assert_array_equal(got["logits"], want["logits"])
+    for name in (n for n in x if n.startswith("past_key_values.")):
+        before[name][:, :, 20] = want[name.replace("past_key_values", "present")][:, :, 0]
+        np.testing.assert_array_equal(x[name], before[name], err_msg=name)
+    again = graph.step({**x, "past_valid": (np.arange(x["past_valid"].shape[1]) < 21)[None]})
+    assert np.abs(again["logits"] - want["logits"]).max() > 1e-4 and not np.shares_memory(again["logits"], got["logits"])
+
+
+@pytest.mark.parametrize(("decoder", "options"), [("mistral", {"window": 12}), ("qwen3", {})])
+def test_what_the_operator_cannot_do_stays_standard(tmp_path: Path, decoder: DecoderName, options: dict[str, Any]) -> None:
+    assert FUSED not in operators(built(tmp_path, decoder=decoder, **options))

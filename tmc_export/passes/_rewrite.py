@@ -1,0 +1,59 @@
+"""What passes that rewrite a graph share: reading shapes, following a value back, adding a node, putting a value in another's place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+__all__ = ["add", "counts", "made_by", "replace", "reshape", "sizes"]
+
+
+def sizes(value: ir.Value | None) -> tuple[int, ...] | None:
+    """The shape as numbers; None where it is open."""
+    if value is None or value.shape is None or not value.shape.is_static():
+        return None
+    return tuple(int(d) for d in value.shape.numpy())
+
+
+def made_by(value: ir.Value | None, operator: str) -> ir.Node | None:
+    """The node that makes a value, if it is of that standard operator."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type == operator and node.domain in ("", "ai.onnx") else None
+
+
+def add(graph: ir.Graph, before: ir.Node, node: ir.Node, shape: tuple[int, ...], suffix: str) -> ir.Value:
+    """Put a node with one output of that shape before another; dtype and name come from the other's output."""
+    old, out = before.outputs[0], node.outputs[0]
+    out.shape, out.type, out.name = ir.Shape(shape), old.type, f"{old.name}.{suffix}"
+    graph.insert_before(before, node)
+    return out
+
+
+def reshape(graph: ir.Graph, before: ir.Node, value: ir.Value | None, shape: tuple[int, ...], suffix: str) -> ir.Value:
+    """Put a Reshape of `value` before a node."""
+    name = f"sizes_{'x'.join(map(str, shape))}"
+    if name not in graph.initializers:
+        tensor = ir.Tensor(np.array(shape, np.int64), name=name)
+        graph.initializers[name] = ir.Value(name=name, shape=ir.Shape([len(shape)]), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    return add(graph, before, ir.node("Reshape", [value, graph.initializers[name]]), shape, suffix)
+
+
+def replace(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
+    """Let every reader of a node's one output read `value`, which takes over its name where the graph returns it; remove the node."""
+    old = node.outputs[0]
+    name, returned = old.name, old.is_graph_output()
+    old.replace_all_uses_with(value, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    if returned:
+        value.name = name
+
+
+def counts(graph: ir.Graph, parts: Sequence[int]) -> ir.Value:
+    """The initializer that tells a Split its sizes."""
+    name = f"split_{'_'.join(map(str, parts))}"
+    if name not in graph.initializers:
+        tensor = ir.Tensor(np.array(parts, np.int64), name=name)
+        graph.initializers[name] = ir.Value(name=name, shape=ir.Shape([len(parts)]), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    return graph.initializers[name]

@@ -1,0 +1,121 @@
+"""Let a decode step write its new key and value into the slots, not copy all slots to put one row behind them.
+
+Before, with one new token: `Concat(past [b, g, C - 1, d], new [b, g, 1, d]) → [b, g, C, d]`, and the same for the vectors that say what a
+slot holds, `Concat(past_order [b, C - 1], order [b, 1])`.
+After, with inputs of C slots: `ScatterND(past [b, g, C, d], s, new)`, s the first free slot (slots are filled in order, so it is the count
+of valid ones), and `Where(slot = s, order, past_order)`. Behind it nothing changes, shapes included; the graph was made for one slot less.
+
+The filled slots are outputs, `slots.<l>.key` and `.value`, in place of the new rows `present.<l>.key` and `.value`: a runtime that gives an
+output the memory of its input appends in place (onnxruntime's ScatterND then writes the one row), any other gets a copy.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes
+
+from tmc_export.passes._rewrite import add, replace, sizes
+
+__all__ = ["AppendInPlacePass"]
+
+
+class AppendInPlacePass(ir.passes.InPlacePass):
+    """Replace what appends one token to inputs `past_*` by what writes it into the first free of one slot more. Shapes must be numbers."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite the graph; `modified` says whether anything was replaced."""
+        graph = model.graph
+        inputs = {value.name: value for value in graph.inputs}
+        valid, new = sizes(inputs.get("past_valid")), sizes(inputs.get("valid"))
+        if valid is None or new is None or new[1] != 1:
+            return ir.passes.PassResult(model, False)
+        found = [(node, past) for node in graph if (past := _appended(node)) is not None]
+        for past in {past for _, past in found}:
+            shape = list(sizes(past) or ())
+            shape[1 if len(shape) == 2 else 2] += 1
+            past.shape = ir.Shape(shape)
+        place = _Place(graph, inputs["past_valid"], valid[0], valid[1] + 1)
+        for node, past in found:
+            replace(graph, node, place.write(node, past))
+        for value in [v for v in graph.outputs if (v.name or "").startswith("present.")]:
+            graph.outputs.remove(value)
+        return ir.passes.PassResult(model, bool(found))
+
+
+def _appended(node: ir.Node) -> ir.Value | None:
+    """The `past_*` input that a Concat lengthens."""
+    past = node.inputs[0] if node.op_type == "Concat" and node.domain in ("", "ai.onnx") and len(node.inputs) == 2 else None
+    return past if past is not None and past.is_graph_input() and (past.name or "").startswith("past_") else None
+
+
+class _Place:
+    """The first free slot, in the shapes that ScatterND and Where read it; made at the head of the graph, once."""
+
+    def __init__(self, graph: ir.Graph, valid: ir.Value, batch: int, slots: int) -> None:
+        self.graph, self.batch, self.slots = graph, batch, slots
+        self._last: ir.Node | None = None
+        self._row: ir.Value | None = None
+        self._indices: dict[int, ir.Value] = {}
+        count = self._add("Cast", [valid], (batch, slots), ir.DataType.INT64, "free.valid", to=int(ir.DataType.INT64))
+        self.free = self._add("ReduceSum", [count, self._constant("free.axis", [1])], (batch, 1), ir.DataType.INT64, "free", keepdims=1)
+
+    def write(self, before: ir.Node, past: ir.Value) -> ir.Value:
+        """Add what writes the second input of a Concat into the free slot of `past`."""
+        name, shape, new = past.name or "", sizes(past) or (), before.inputs[1]
+        if len(shape) == 2 and past.dtype is ir.DataType.BOOL:  # onnxruntime has no Where of bools; the free slot holds False
+            filled = ir.node("And", [self._at(), new])
+            add(self.graph, before, filled, shape, "new")
+            node = ir.node("Or", [filled.outputs[0], past])
+        elif len(shape) == 2:
+            node = ir.node("Where", [self._at(), new, past])
+        else:
+            node = ir.node("ScatterND", [past, self._index(shape[1]), new])
+            self.graph.outputs.append(node.outputs[0])
+        out = node.outputs[0]
+        out.name = f"{name}.filled" if len(shape) == 2 else name.replace("past_key_values.", "slots.", 1)
+        out.shape, out.type = past.shape, past.type
+        self.graph.insert_before(before, node)
+        return out
+
+    def _at(self) -> ir.Value:
+        """bool `[b, C]`: which slot is the free one."""
+        if self._row is None:
+            slots = self._constant("free.slots", np.arange(self.slots)[None])
+            self._row = self._add("Equal", [slots, self.free], (self.batch, self.slots), ir.DataType.BOOL, "free.row")
+        return self._row
+
+    def _index(self, heads: int) -> ir.Value:
+        """int64 `[b, g, 1, 3]`: batch, head and slot of every row that is written."""
+        if heads not in self._indices:
+            shape = (self.batch, heads, 1, 1)
+            batch, head = np.meshgrid(np.arange(self.batch), np.arange(heads), indexing="ij")
+            lead = self._constant(f"free.rows_{heads}", np.stack([batch, head], -1)[:, :, None])
+            wide = self._constant(f"free.shape_{heads}", shape)
+            column = self._add(
+                "Reshape", [self.free, self._constant("free.column", [self.batch, 1, 1, 1])], (self.batch, 1, 1, 1), ir.DataType.INT64,
+                f"free.column_{heads}",
+            )  # fmt: skip
+            slot = self._add("Expand", [column, wide], shape, ir.DataType.INT64, f"free.slot_{heads}")
+            self._indices[heads] = self._add("Concat", [lead, slot], (*shape[:3], 3), ir.DataType.INT64, f"free.index_{heads}", axis=-1)
+        return self._indices[heads]
+
+    def _constant(self, name: str, array: object) -> ir.Value:
+        if name not in self.graph.initializers:
+            tensor = ir.Tensor(np.ascontiguousarray(array, np.int64), name=name)
+            value = ir.Value(name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor)
+            self.graph.initializers[name] = value
+        return self.graph.initializers[name]
+
+    def _add(
+        self, operator: str, inputs: list[ir.Value], shape: tuple[int, ...], dtype: ir.DataType, name: str, **attributes: int
+    ) -> ir.Value:
+        node = ir.node(operator, inputs, attributes=attributes)
+        out = node.outputs[0]
+        out.name, out.shape, out.type = name, ir.Shape(shape), ir.TensorType(dtype)
+        if self._last is None:
+            self.graph.insert_before(next(iter(self.graph)), node)
+        else:
+            self.graph.insert_after(self._last, node)
+        self._last = node
+        return out

@@ -1,0 +1,217 @@
+"""The attention of a decode step as onnxruntime's one operator for it.
+
+Before, per layer: the joined projection's `Split → q, k, v`, Reshapes, two rotary embeddings, two `ScatterND` into the slots, and
+`Softmax(q·Kᵀ·scale + mask)·V`, some twenty nodes that cost more to start than to compute.
+After: `com.microsoft::GroupQueryAttention(qkv, K slots, V slots)`, which does the same.
+
+Only for bundles that onnxruntime runs: TensorRT knows no such operator, and the graphs of `engines/` never have it. What it takes for
+granted holds in a decode step without sliding windows: the slots are filled in order and every filled one is seen. It rotates with row
+`seqlens_k` of a table; positions have gaps where tokens were dropped, so every row of the table is that of the token's own position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes
+
+from tmc_export.export.lazy_tensors import derive
+from tmc_export.passes._rewrite import made_by, replace, sizes
+from tmc_export.passes._rotary import Rotation, rotation_at
+
+__all__ = ["FuseDecodeAttentionPass"]
+
+_DOMAIN = "com.microsoft"
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """What one layer's attention reads.
+
+    Attributes:
+        end: the Reshape to `[1, 1, h·d]` that returns it.
+        packed: `[1, 1, (h + 2g)·d]`, the joined projection.
+        key, value: the ScatterND nodes that fill the slots `[1, g, C, d]`.
+        rotation: of the query; the key's has the same factors.
+        scale: of the scores.
+    """
+
+    end: ir.Node
+    packed: ir.Value
+    key: ir.Node
+    value: ir.Node
+    rotation: Rotation
+    scale: float
+
+
+class FuseDecodeAttentionPass(ir.passes.InPlacePass):
+    """Replace the attention of every layer whose query, key and value come from one projection; of one sequence, in float32."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite the graph; `modified` says whether any attention was replaced."""
+        found = [a for node in model.graph if node.op_type == "Softmax" and (a := _attention(node)) is not None]
+        if not found:
+            return ir.passes.PassResult(model, False)
+        tables = _Tables(model.graph)
+        for attention in found:
+            _fuse(model.graph, attention, tables)
+        model.opset_imports[_DOMAIN] = 1
+        return ir.passes.PassResult(model, True)
+
+
+def _only_reader(value: ir.Value) -> ir.Node | None:
+    readers = [use.node for use in value.uses()]
+    return readers[0] if len(readers) == 1 and not value.is_graph_output() else None
+
+
+def _number(value: ir.Value | None) -> float | None:
+    tensor = value.const_value if value is not None and value.is_initializer() else None
+    return float(tensor.numpy()) if tensor is not None and sizes(value) == () else None
+
+
+def _query(value: ir.Value | None) -> tuple[Rotation, float] | None:
+    """The rotation behind a product's rows, and the numbers it is multiplied with on the way."""
+    scale = 1.0
+    for _ in range(4):
+        if (view := made_by(value, "Reshape")) is not None:
+            value = view.inputs[0]
+        elif (product := made_by(value, "Mul")) is not None and (factor := _number(product.inputs[1])) is not None:
+            value, scale = product.inputs[0], scale * factor
+    end = made_by(value, "Add")
+    rotation = rotation_at(end) if end is not None else None
+    return None if rotation is None else (rotation, scale)
+
+
+def _attention(softmax: ir.Node) -> _Attention | None:
+    total = made_by(softmax.inputs[0], "Add")
+    scores = next((n for v in total.inputs if (n := made_by(v, "MatMul")) is not None), None) if total is not None else None
+    mixed = _only_reader(softmax.outputs[0])
+    if scores is None or mixed is None or mixed.op_type != "MatMul":
+        return None
+    turned, end = made_by(scores.inputs[1], "Transpose"), _only_reader(mixed.outputs[0])
+    key = made_by(turned.inputs[0], "ScatterND") if turned is not None else None
+    value, query = made_by(mixed.inputs[1], "ScatterND"), _query(scores.inputs[0])
+    if key is None or value is None or query is None or end is None or end.op_type != "Reshape":
+        return None
+    rotated = made_by(key.inputs[2], "Add")
+    other = rotation_at(rotated) if rotated is not None else None
+    heads = made_by(value.inputs[2], "Reshape")
+    if other is None or heads is None or other.factors != query[0].factors:
+        return None
+    parts = [query[0].shaped.inputs[0], other.shaped.inputs[0], heads.inputs[0]]
+    split = made_by(parts[0], "Split")
+    if split is None or list(split.outputs) != parts or split.inputs[0] is None or split.inputs[0].dtype is not ir.DataType.FLOAT:
+        return None
+    found = _Attention(end, split.inputs[0], key, value, *query)
+    return found if _fits(found) else None
+
+
+def _fits(found: _Attention) -> bool:
+    """One sequence, whole heads rotated by halves, the high half first, and the sine with the sign that `SignRotationPass` gave it."""
+    packed, out, slots = sizes(found.packed), sizes(found.end.outputs[0]), sizes(found.key.outputs[0])
+    if packed is None or out is None or slots is None or packed[:-1] != (1, 1) or out[:-1] != (1, 1) or slots[-1] % 16:
+        return False
+    starts = [half.inputs[1] for half in found.rotation.halves]
+    numbers = [int(v.const_value.numpy().reshape(-1)[0]) if v is not None and v.const_value is not None else -1 for v in starts]
+    signed = made_by(found.rotation.factors[1], "Mul")
+    return numbers == [slots[-1] // 2, 0] and signed is not None and (signed.inputs[1] or ir.Value()).is_initializer()
+
+
+class _Tables:
+    """Rotary tables `[C, d / 2]` and the count of filled slots, made once at the head of the graph."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        self._made: dict[tuple[ir.Value, int], ir.Value] = {}
+        valid = next(value for value in graph.inputs if value.name == "past_valid")
+        self._last = self._node(None, "Cast", [valid], sizes(valid) or (), ir.DataType.INT32, "filled.valid", to=int(ir.DataType.INT32))
+        axis = self.constant("filled.axis", np.array([1], np.int64))
+        self._last = self._node(self._last, "ReduceSum", [self._last.outputs[0], axis], (1,), ir.DataType.INT32, "filled", keepdims=0)
+        self.filled = self._last.outputs[0]
+
+    def table(self, factor: ir.Value, slots: int) -> ir.Value:
+        """The second half of a factor `[1, 1, 1, d]` in every one of `slots` rows."""
+        if (factor, slots) not in self._made:
+            width, dtype, name = (sizes(factor) or (0,))[-1], factor.dtype or ir.DataType.FLOAT, f"{factor.name}.table"
+            ends = [
+                self.constant(f"{name}.{word}", np.array([n], np.int64)) for word, n in (("from", width // 2), ("to", width), ("axis", 3))
+            ]
+            half = self._node(factor.producer(), "Slice", [factor, *ends], (1, 1, 1, width // 2), dtype, f"{name}.half")
+            flat = self.constant(f"{name}.flat", np.array([1, width // 2], np.int64))
+            row = self._node(half, "Reshape", [half.outputs[0], flat], (1, width // 2), dtype, f"{name}.row")
+            shape = self.constant(f"{name}.shape", np.array([slots, width // 2], np.int64))
+            made = self._node(row, "Expand", [row.outputs[0], shape], (slots, width // 2), dtype, name)
+            self._made[factor, slots] = made.outputs[0]
+        return self._made[factor, slots]
+
+    def constant(self, name: str, array: np.ndarray) -> ir.Value:
+        if name not in self.graph.initializers:
+            tensor = ir.Tensor(array, name=name)
+            value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+            self.graph.initializers[name] = value
+        return self.graph.initializers[name]
+
+    def _node(
+        self,
+        after: ir.Node | None,
+        operator: str,
+        inputs: list[ir.Value],
+        shape: tuple[int, ...],
+        dtype: ir.DataType,
+        name: str,
+        **more: int,
+    ) -> ir.Node:
+        node = ir.node(operator, inputs, attributes=more)
+        node.outputs[0].name, node.outputs[0].shape, node.outputs[0].type = name, ir.Shape(shape), ir.TensorType(dtype)
+        if after is None:
+            self.graph.insert_before(next(iter(self.graph)), node)
+        else:
+            self.graph.insert_after(after, node)
+        return node
+
+
+def _fuse(graph: ir.Graph, found: _Attention, tables: _Tables) -> None:
+    slots = sizes(found.key.outputs[0]) or ()
+    cos, signed = found.rotation.factors
+    signing = made_by(signed, "Mul")
+    sine = signing.inputs[0] if signing is not None else None
+    heads = (sizes(found.end.outputs[0]) or (0,))[-1] // slots[-1]
+    node = ir.Node(
+        _DOMAIN,
+        "GroupQueryAttention",
+        [
+            found.packed, None, None, found.key.inputs[0], found.value.inputs[0], tables.filled,
+            tables.constant("slots.count", np.array(slots[2], np.int32)),
+            tables.table(cos, slots[2]), tables.table(signed if sine is None else sine, slots[2]),
+        ],
+        [
+            ir.AttrInt64("num_heads", heads), ir.AttrInt64("kv_num_heads", slots[1]), ir.AttrFloat32("scale", found.scale),
+            ir.AttrInt64("do_rotary", 1), ir.AttrInt64("rotary_interleaved", 0),
+        ],
+        num_outputs=3,
+    )  # fmt: skip
+    graph.insert_before(found.end, node)
+    _widen_bias(graph, found.packed)
+    for out, old in zip(node.outputs, (found.end.outputs[0], found.key.outputs[0], found.value.outputs[0]), strict=True):
+        out.name, out.shape, out.type = f"{old.name}.fused", old.shape, old.type
+    replace(graph, found.end, node.outputs[0])
+    for old_node, out in ((found.key, node.outputs[1]), (found.value, node.outputs[2])):
+        name = old_node.outputs[0].name
+        old_node.outputs[0].replace_all_uses_with(out, replace_graph_outputs=True)
+        old_node.outputs[0].name, out.name = f"{name}.scattered", name
+
+
+def _widen_bias(graph: ir.Graph, packed: ir.Value) -> None:
+    """Give the projection's bias the rank of what it is added to: one of rank 1 makes onnxruntime flatten the product and shape it back."""
+    total = made_by(packed, "Add")
+    bias = total.inputs[1] if total is not None else None
+    if total is None or bias is None or bias.const_value is None or len(sizes(bias) or ()) != 1:
+        return
+    wide, name = (1, 1, *(sizes(bias) or ())), f"{bias.name}.wide"
+    tensor = derive(bias.const_value, f"reshape{wide}", lambda array: np.reshape(array, wide), shape=wide, name=name)
+    graph.initializers[name] = ir.Value(name=name, shape=ir.Shape(wide), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    total.replace_input_with(1, graph.initializers[name])
+    if not bias.uses():
+        del graph.initializers[bias.name or ""]
