@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from tmc_export.bundle.read import open_manifest
-from tmc_export.runtime._backend import BackendOptions, open_backend
+from tmc_export.runtime._backend import open_backend, options_for
 from tmc_export.runtime._decoder import Decoder
 
 
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     options = parser.parse_args()
     program = open_manifest(options.bundle).program
-    backend = open_backend("onnxruntime", options.bundle, BackendOptions(options.threads, options.accuracy, program.memory_tight))
+    backend = open_backend("onnxruntime", options.bundle, options_for(program, options.threads, options.accuracy))
     decoder = Decoder(program, backend)
     decoder.graphs()
     count = program.blocks[0].tokens

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from tmc_export.bundle.program import Program
 from tmc_export.core.errors import RuntimeInputError
 from tmc_export.core.registry import nearest
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-__all__ = ["BACKENDS", "Backend", "BackendOptions", "Graph", "open_backend"]
+__all__ = ["BACKENDS", "Backend", "BackendOptions", "Graph", "open_backend", "options_for"]
 
 
 class Graph(Protocol):
@@ -51,6 +52,8 @@ class BackendOptions:
         int4_accuracy: how onnxruntime multiplies int4 weights. 4: activations are rounded to int8 for each product, which is fast; 1: they
             stay float, which is what a device computes.
         memory_tight: keep one copy of the weights, mapped from the file, instead of a packed copy per phase; slower.
+        spin: a graph's threads wait for its next run awake. Faster where one graph follows itself, as decode steps of a single block do;
+            where others take turns with it, they would find the cores taken: 20 % of a compressed prefill.
 
     Raises:
         RuntimeInputError: another accuracy, or no thread.
@@ -59,12 +62,22 @@ class BackendOptions:
     threads: int | None = None
     int4_accuracy: int = 4
     memory_tight: bool = False
+    spin: bool = False
 
     def __post_init__(self) -> None:
         if self.int4_accuracy not in (1, 4):
             raise RuntimeInputError(f"int4_accuracy is {self.int4_accuracy}; use 4 (fast) or 1 (what a device computes)")
         if self.threads is not None and self.threads < 1:
             raise RuntimeInputError(f"threads is {self.threads}; give 1 or more")
+
+
+def options_for(program: Program, threads: int | None = None, int4_accuracy: int = 4) -> BackendOptions:
+    """Return the options that suit a bundle.
+
+    Raises:
+        RuntimeInputError: as `BackendOptions`.
+    """
+    return BackendOptions(threads, int4_accuracy, program.memory_tight, spin=len(program.blocks) == 1)
 
 
 def _onnxruntime(folder: Path, options: BackendOptions) -> Backend:

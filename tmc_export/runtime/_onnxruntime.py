@@ -129,8 +129,8 @@ class OnnxRuntimeBackend:
         if file not in self._graphs:
             options = ort.SessionOptions()
             options.log_severity_level = 3
-            # A session's threads go on spinning after a run and would take the cores from the next session's: 20 % of a compressed prefill.
-            options.add_session_config_entry("session.force_spinning_stop", "1")
+            if not self._options.spin:
+                options.add_session_config_entry("session.force_spinning_stop", "1")
             if self._options.threads is not None:
                 options.intra_op_num_threads = self._options.threads
             options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(self._options.int4_accuracy))

@@ -14,7 +14,7 @@ from tmc_export.bundle.manifest import Manifest
 from tmc_export.bundle.read import check_files, open_manifest
 from tmc_export.core.errors import RuntimeInputError
 from tmc_export.core.image_rule import ImageRule
-from tmc_export.runtime._backend import BackendOptions, open_backend
+from tmc_export.runtime._backend import BackendOptions, open_backend, options_for
 from tmc_export.runtime._chat import ChatTemplate, expand_image_tokens
 from tmc_export.runtime._conversation import Conversation
 from tmc_export.runtime._decoder import Decoder, Route, TurnTrace
@@ -328,5 +328,5 @@ def load(folder: str | Path, *, backend: str = "onnxruntime", threads: int | Non
     small = [name for name, entry in manifest.files.items() if entry.size <= _HASHED_BYTES and not name.startswith("engines/")]
     check_files(path, manifest, sizes_only=True)
     check_files(path, manifest, small)
-    options = BackendOptions(threads, int4_accuracy, manifest.program.memory_tight)
+    options = options_for(manifest.program, threads, int4_accuracy)
     return Session(path, manifest, backend, options)
