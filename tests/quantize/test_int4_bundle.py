@@ -79,11 +79,15 @@ def stored(graph: ir.Model) -> dict[str, ir.ExternalTensor]:
 def test_each_weight_is_stored_once_in_its_few_bytes(int4: Path, plain: Path, block: str) -> None:
     files = graphs(int4, block)
     before, after = stored(graphs(plain, block)[f"{block}_decode"]), stored(files[f"{block}_decode"])
+    seen = 0
     for name, tensor in before.items():
-        if f"{name}.int4" in after:  # 4 bits and a float32 scale per 32 weights are 0.15625 of 32 bits
-            scale = files[f"{block}_decode"].graph.initializers[f"{name}.scale"].const_value  # a small one lies in the graph itself
-            assert after[f"{name}.int4"].nbytes + scale.nbytes <= 0.16 * tensor.nbytes
+        codes, scales = ("+".join(f"{part}.{word}" for part in name.split("+")) for word in ("int4", "scale"))
+        if codes in after:  # 4 bits and a float32 scale per 32 weights are 0.15625 of 32 bits
+            scale = files[f"{block}_decode"].graph.initializers[scales].const_value  # a small one lies in the graph itself
+            assert after[codes].nbytes + scale.nbytes <= 0.16 * tensor.nbytes
             assert name not in after
+            seen += 1
+    assert seen == (5 if block == "block_0" else 4)  # query, key and value are one; block_1 keeps one
     places = {(t.location, t.offset, t.length) for graph in files.values() for t in stored(graph).values()}
     assert places == {(t.location, t.offset, t.length) for t in after.values()}  # every phase reads the same bytes
     used = sum(length for location, _, length in places if location == f"{block}.data")

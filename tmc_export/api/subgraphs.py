@@ -131,7 +131,7 @@ class _Exporter:
         for phase, (t, p) in phases.items():
             append = phase == "decode"
             fuse = append and self.plan.runtime == "onnxruntime" and set(self.plan.windows[plan.first : plan.last]) == {None}
-            file = self._save(model, f"{name}_{phase}", {"T": t, "P": p - append}, "block", f"{name}.data", append, fuse)
+            file = self._save(model, f"{name}_{phase}", {"T": t, "P": p - 1 if append else p}, "block", f"{name}.data", append, fuse)
             programs[phase] = GraphPhase(file=file, tokens=t, past=p)
         self._symbolic(model, name, phases, names[0], inputs, symbols)
         return BlockProgram(
@@ -169,7 +169,7 @@ class _Exporter:
         symbolic = model.clone()
         symbolic.graph.name = name
         self.schemes.apply(symbolic, "block")
-        finish(symbolic)
+        finish(symbolic, static=False)
         self.store.externalize(symbolic, f"{name}.data")
         for value in symbolic.graph.initializers.values():
             tensor = value.const_value

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["KeyedTensor", "derive"]
+__all__ = ["KeyedTensor", "derive", "key_of"]
 
 
 class KeyedTensor(ir.LazyTensor):
@@ -51,10 +51,10 @@ def derive(
     def load() -> ir.TensorProtocol:
         return ir.Tensor(np.ascontiguousarray(function(source.numpy())), dtype=wanted, name=name)
 
-    return KeyedTensor(f"{_key_of(source)}|{how}", load, wanted, shape, name)
+    return KeyedTensor(f"{key_of(source)}|{how}", load, wanted, shape, name)
 
 
-def _key_of(source: ir.TensorProtocol) -> str:
+def key_of(source: ir.TensorProtocol) -> str:
     """Say what the bytes of a source are: a name alone says nothing, two graphs may give it to different constants."""
     if isinstance(source, KeyedTensor):
         return source.key

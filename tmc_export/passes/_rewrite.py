@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
-__all__ = ["add", "counts", "made_by", "replace", "reshape", "sizes"]
+__all__ = ["add", "constant", "made_by", "replace", "reshape", "sizes"]
 
 
 def sizes(value: ir.Value | None) -> tuple[int, ...] | None:
@@ -33,11 +32,8 @@ def add(graph: ir.Graph, before: ir.Node, node: ir.Node, shape: tuple[int, ...],
 
 def reshape(graph: ir.Graph, before: ir.Node, value: ir.Value | None, shape: tuple[int, ...], suffix: str) -> ir.Value:
     """Put a Reshape of `value` before a node."""
-    name = f"sizes_{'x'.join(map(str, shape))}"
-    if name not in graph.initializers:
-        tensor = ir.Tensor(np.array(shape, np.int64), name=name)
-        graph.initializers[name] = ir.Value(name=name, shape=ir.Shape([len(shape)]), type=ir.TensorType(tensor.dtype), const_value=tensor)
-    return add(graph, before, ir.node("Reshape", [value, graph.initializers[name]]), shape, suffix)
+    wanted = constant(graph, f"sizes_{'x'.join(map(str, shape))}", shape)
+    return add(graph, before, ir.node("Reshape", [value, wanted]), shape, suffix)
 
 
 def replace(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
@@ -50,10 +46,10 @@ def replace(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
         value.name = name
 
 
-def counts(graph: ir.Graph, parts: Sequence[int]) -> ir.Value:
-    """The initializer that tells a Split its sizes."""
-    name = f"split_{'_'.join(map(str, parts))}"
+def constant(graph: ir.Graph, name: str, array: npt.ArrayLike, dtype: npt.DTypeLike = np.int64) -> ir.Value:
+    """The initializer of that name, made at the first call; equal names must mean equal numbers."""
     if name not in graph.initializers:
-        tensor = ir.Tensor(np.array(parts, np.int64), name=name)
-        graph.initializers[name] = ir.Value(name=name, shape=ir.Shape([len(parts)]), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        tensor = ir.Tensor(np.ascontiguousarray(np.asarray(array, dtype).reshape(np.shape(array))), name=name)
+        shape = ir.Shape(tensor.shape.numpy())
+        graph.initializers[name] = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
     return graph.initializers[name]

@@ -15,7 +15,8 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes
 
-from tmc_export.passes._rewrite import add, replace, sizes
+from tmc_export.core.errors import ExportError
+from tmc_export.passes._rewrite import add, constant, replace, sizes
 
 __all__ = ["AppendInPlacePass"]
 
@@ -24,13 +25,22 @@ class AppendInPlacePass(ir.passes.InPlacePass):
     """Replace what appends one token to inputs `past_*` by what writes it into the first free of one slot more. Shapes must be numbers."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Rewrite the graph; `modified` says whether anything was replaced."""
+        """Rewrite the graph; `modified` says whether anything was replaced.
+
+        Raises:
+            ExportError: an input `past_*` is read by anything but the Concat that lengthens it.
+        """
         graph = model.graph
         inputs = {value.name: value for value in graph.inputs}
         valid, new = sizes(inputs.get("past_valid")), sizes(inputs.get("valid"))
         if valid is None or new is None or new[1] != 1:
             return ir.passes.PassResult(model, False)
         found = [(node, past) for node in graph if (past := _appended(node)) is not None]
+        lost = sorted({n for n in inputs if n and n.startswith("past_")} - {past.name for _, past in found if len(past.uses()) == 1})
+        if lost:
+            raise ExportError(
+                f"{graph.name}: '{lost[0]}' is not read by the one Concat that appends the new token; it cannot be filled in place"
+            )
         for past in {past for _, past in found}:
             shape = list(sizes(past) or ())
             shape[1 if len(shape) == 2 else 2] += 1
@@ -58,7 +68,9 @@ class _Place:
         self._row: ir.Value | None = None
         self._indices: dict[int, ir.Value] = {}
         count = self._add("Cast", [valid], (batch, slots), ir.DataType.INT64, "free.valid", to=int(ir.DataType.INT64))
-        self.free = self._add("ReduceSum", [count, self._constant("free.axis", [1])], (batch, 1), ir.DataType.INT64, "free", keepdims=1)
+        self.free = self._add(
+            "ReduceSum", [count, constant(self.graph, "free.axis", [1])], (batch, 1), ir.DataType.INT64, "free", keepdims=1
+        )
 
     def write(self, before: ir.Node, past: ir.Value) -> ir.Value:
         """Add what writes the second input of a Concat into the free slot of `past`."""
@@ -81,7 +93,7 @@ class _Place:
     def _at(self) -> ir.Value:
         """bool `[b, C]`: which slot is the free one."""
         if self._row is None:
-            slots = self._constant("free.slots", np.arange(self.slots)[None])
+            slots = constant(self.graph, "free.slots", np.arange(self.slots)[None])
             self._row = self._add("Equal", [slots, self.free], (self.batch, self.slots), ir.DataType.BOOL, "free.row")
         return self._row
 
@@ -90,22 +102,15 @@ class _Place:
         if heads not in self._indices:
             shape = (self.batch, heads, 1, 1)
             batch, head = np.meshgrid(np.arange(self.batch), np.arange(heads), indexing="ij")
-            lead = self._constant(f"free.rows_{heads}", np.stack([batch, head], -1)[:, :, None])
-            wide = self._constant(f"free.shape_{heads}", shape)
+            lead = constant(self.graph, f"free.rows_{heads}", np.stack([batch, head], -1)[:, :, None])
+            wide = constant(self.graph, f"free.shape_{heads}", shape)
+            one = (self.batch, 1, 1, 1)
             column = self._add(
-                "Reshape", [self.free, self._constant("free.column", [self.batch, 1, 1, 1])], (self.batch, 1, 1, 1), ir.DataType.INT64,
-                f"free.column_{heads}",
-            )  # fmt: skip
+                "Reshape", [self.free, constant(self.graph, "free.one", one)], one, ir.DataType.INT64, f"free.column_{heads}"
+            )
             slot = self._add("Expand", [column, wide], shape, ir.DataType.INT64, f"free.slot_{heads}")
             self._indices[heads] = self._add("Concat", [lead, slot], (*shape[:3], 3), ir.DataType.INT64, f"free.index_{heads}", axis=-1)
         return self._indices[heads]
-
-    def _constant(self, name: str, array: object) -> ir.Value:
-        if name not in self.graph.initializers:
-            tensor = ir.Tensor(np.ascontiguousarray(array, np.int64), name=name)
-            value = ir.Value(name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor)
-            self.graph.initializers[name] = value
-        return self.graph.initializers[name]
 
     def _add(
         self, operator: str, inputs: list[ir.Value], shape: tuple[int, ...], dtype: ir.DataType, name: str, **attributes: int

@@ -1,4 +1,4 @@
-"""The promise of every subgraph under `onnx/`: each shape is a number, each operator is standard ONNX and one that TensorRT takes."""
+"""The promise of every subgraph under `onnx/`: each shape is a number, each operator standard and one that TensorRT takes, or allowed by name."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ class AssertStaticPass(ir.passes.InPlacePass):
 
     Args:
         name: of the subgraph, for the message.
+        allowed: `domain::operator` that may be there besides standard ONNX.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, allowed: frozenset[str] = frozenset()) -> None:
         super().__init__()
-        self.name = name
+        self.name, self.allowed = name, allowed
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Return the model unchanged.
@@ -41,7 +42,7 @@ class AssertStaticPass(ir.passes.InPlacePass):
         for value in [*model.graph.inputs, *model.graph.outputs]:
             self._check(value, "graph input or output")
         for node in model.graph.all_nodes():
-            if node.domain not in ("", "ai.onnx"):
+            if node.domain not in ("", "ai.onnx") and f"{node.domain}::{node.op_type}" not in self.allowed:
                 raise ExportError(f"{self.name}: operator {node.domain}::{node.op_type} is not standard ONNX (node '{node.name}')")
             if node.op_type in REFUSED_OPERATORS or (
                 node.op_type.startswith("Scatter") and node.attributes.get_string("reduction", "none") != "none"

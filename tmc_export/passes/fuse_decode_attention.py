@@ -6,7 +6,8 @@ After: `com.microsoft::GroupQueryAttention(qkv, K slots, V slots)`, which does t
 
 Only for bundles that onnxruntime runs: TensorRT knows no such operator, and the graphs of `engines/` never have it. What it takes for
 granted holds in a decode step without sliding windows: the slots are filled in order and every filled one is seen. It rotates with row
-`seqlens_k` of a table; positions have gaps where tokens were dropped, so every row of the table is that of the token's own position.
+`seqlens_k` of a table; positions have gaps where tokens were dropped, so every row of the table is that of the token's own position. Both
+halves of a cosine or sine are taken to be equal, as they are for a token whose rotary axes agree, which a generated token's do.
 """
 
 from __future__ import annotations
@@ -17,13 +18,29 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes
 
-from tmc_export.export.lazy_tensors import derive
-from tmc_export.passes._rewrite import made_by, replace, sizes
-from tmc_export.passes._rotary import Rotation, rotation_at
+from tmc_export.export.lazy_tensors import KeyedTensor, key_of
+from tmc_export.passes._rewrite import constant, made_by, replace, sizes
 
-__all__ = ["FuseDecodeAttentionPass"]
+__all__ = ["FUSED", "FuseDecodeAttentionPass"]
 
-_DOMAIN = "com.microsoft"
+_DOMAIN, _OPERATOR = "com.microsoft", "GroupQueryAttention"
+FUSED = f"{_DOMAIN}::{_OPERATOR}"
+"""The operator that this pass puts in."""
+
+
+@dataclass(frozen=True)
+class _Rotation:
+    """`Add(Mul(x, cos), Mul(Concat(Slice(x), Slice(x)), sin))`, x a Reshape of one output of a Split.
+
+    Attributes:
+        shaped: the Reshape, to `[b, heads, 1, d]`.
+        halves: the two Slices, in the order of the Concat.
+        factors: cos and sin, `[b, 1, 1, d]`.
+    """
+
+    shaped: ir.Node
+    halves: tuple[ir.Node, ir.Node]
+    factors: tuple[ir.Value, ir.Value]
 
 
 @dataclass(frozen=True)
@@ -42,7 +59,7 @@ class _Attention:
     packed: ir.Value
     key: ir.Node
     value: ir.Node
-    rotation: Rotation
+    rotation: _Rotation
     scale: float
 
 
@@ -71,7 +88,7 @@ def _number(value: ir.Value | None) -> float | None:
     return float(tensor.numpy()) if tensor is not None and sizes(value) == () else None
 
 
-def _query(value: ir.Value | None) -> tuple[Rotation, float] | None:
+def _query(value: ir.Value | None) -> tuple[_Rotation, float] | None:
     """The rotation behind a product's rows, and the numbers it is multiplied with on the way."""
     scale = 1.0
     for _ in range(4):
@@ -80,8 +97,29 @@ def _query(value: ir.Value | None) -> tuple[Rotation, float] | None:
         elif (product := made_by(value, "Mul")) is not None and (factor := _number(product.inputs[1])) is not None:
             value, scale = product.inputs[0], scale * factor
     end = made_by(value, "Add")
-    rotation = rotation_at(end) if end is not None else None
+    rotation = _rotation(end) if end is not None else None
     return None if rotation is None else (rotation, scale)
+
+
+def _rotation(node: ir.Node) -> _Rotation | None:
+    """The rotation that ends in a node, if one does."""
+    if node.op_type != "Add" or node.domain not in ("", "ai.onnx"):
+        return None
+    for straight, crossed in (node.inputs, reversed(node.inputs)):
+        left, right = made_by(straight, "Mul"), made_by(crossed, "Mul")
+        turned = made_by(right.inputs[0], "Concat") if right is not None else None
+        shaped = made_by(left.inputs[0], "Reshape") if left is not None else None
+        if left is None or right is None or turned is None or shaped is None or len(turned.inputs) != 2:
+            continue
+        first, second = (made_by(value, "Slice") for value in turned.inputs)
+        cos, sin, x = left.inputs[1], right.inputs[1], shaped.outputs[0]
+        if first is None or second is None or cos is None or sin is None or first.inputs[0] is not x or second.inputs[0] is not x:
+            continue
+        alone = {use.node for use in x.uses()} == {left, first, second} and not x.is_graph_output()
+        alone = alone and all(len(n.outputs[0].uses()) == 1 for n in (left, right, turned, first, second))
+        if alone and all((sizes(f) or ())[1:3] == (1, 1) and len(sizes(f) or ()) == 4 for f in (cos, sin)):
+            return _Rotation(shaped, (first, second), (cos, sin))
+    return None
 
 
 def _attention(softmax: ir.Node) -> _Attention | None:
@@ -91,12 +129,12 @@ def _attention(softmax: ir.Node) -> _Attention | None:
     if scores is None or mixed is None or mixed.op_type != "MatMul":
         return None
     turned, end = made_by(scores.inputs[1], "Transpose"), _only_reader(mixed.outputs[0])
-    key = made_by(turned.inputs[0], "ScatterND") if turned is not None else None
+    key = made_by(turned.inputs[0], "ScatterND") if turned is not None and turned.attributes.get_ints("perm", []) == (0, 1, 3, 2) else None
     value, query = made_by(mixed.inputs[1], "ScatterND"), _query(scores.inputs[0])
     if key is None or value is None or query is None or end is None or end.op_type != "Reshape":
         return None
     rotated = made_by(key.inputs[2], "Add")
-    other = rotation_at(rotated) if rotated is not None else None
+    other = _rotation(rotated) if rotated is not None else None
     heads = made_by(value.inputs[2], "Reshape")
     if other is None or heads is None or other.factors != query[0].factors:
         return None
@@ -109,14 +147,16 @@ def _attention(softmax: ir.Node) -> _Attention | None:
 
 
 def _fits(found: _Attention) -> bool:
-    """One sequence, whole heads rotated by halves, the high half first, and the sine with the sign that `SignRotationPass` gave it."""
+    """One sequence, whole heads rotated by halves, the high half first, and the sine with the sign that `Sign_RotationPass` gave it."""
     packed, out, slots = sizes(found.packed), sizes(found.end.outputs[0]), sizes(found.key.outputs[0])
     if packed is None or out is None or slots is None or packed[:-1] != (1, 1) or out[:-1] != (1, 1) or slots[-1] % 16:
         return False
     starts = [half.inputs[1] for half in found.rotation.halves]
     numbers = [int(v.const_value.numpy().reshape(-1)[0]) if v is not None and v.const_value is not None else -1 for v in starts]
     signed = made_by(found.rotation.factors[1], "Mul")
-    return numbers == [slots[-1] // 2, 0] and signed is not None and (signed.inputs[1] or ir.Value()).is_initializer()
+    signs = signed.inputs[1].const_value if signed is not None and signed.inputs[1] is not None else None
+    half = slots[-1] // 2
+    return numbers == [half, 0] and signs is not None and signs.numpy().tolist() == [-1.0] * half + [1.0] * half
 
 
 class _Tables:
@@ -126,32 +166,23 @@ class _Tables:
         self.graph = graph
         self._made: dict[tuple[ir.Value, int], ir.Value] = {}
         valid = next(value for value in graph.inputs if value.name == "past_valid")
-        self._last = self._node(None, "Cast", [valid], sizes(valid) or (), ir.DataType.INT32, "filled.valid", to=int(ir.DataType.INT32))
-        axis = self.constant("filled.axis", np.array([1], np.int64))
-        self._last = self._node(self._last, "ReduceSum", [self._last.outputs[0], axis], (1,), ir.DataType.INT32, "filled", keepdims=0)
-        self.filled = self._last.outputs[0]
+        flags = self._node(None, "Cast", [valid], sizes(valid) or (), ir.DataType.INT32, "filled.valid", to=int(ir.DataType.INT32))
+        axis = constant(self.graph, "filled.axis", [1])
+        count = self._node(flags, "ReduceSum", [flags.outputs[0], axis], (1,), ir.DataType.INT32, "filled", keepdims=0)
+        self.filled = count.outputs[0]
 
     def table(self, factor: ir.Value, slots: int) -> ir.Value:
         """The second half of a factor `[1, 1, 1, d]` in every one of `slots` rows."""
         if (factor, slots) not in self._made:
             width, dtype, name = (sizes(factor) or (0,))[-1], factor.dtype or ir.DataType.FLOAT, f"{factor.name}.table"
-            ends = [
-                self.constant(f"{name}.{word}", np.array([n], np.int64)) for word, n in (("from", width // 2), ("to", width), ("axis", 3))
-            ]
+            ends = [constant(self.graph, f"{name}.{word}", [n]) for word, n in (("from", width // 2), ("to", width), ("axis", 3))]
             half = self._node(factor.producer(), "Slice", [factor, *ends], (1, 1, 1, width // 2), dtype, f"{name}.half")
-            flat = self.constant(f"{name}.flat", np.array([1, width // 2], np.int64))
+            flat = constant(self.graph, f"{name}.flat", [1, width // 2])
             row = self._node(half, "Reshape", [half.outputs[0], flat], (1, width // 2), dtype, f"{name}.row")
-            shape = self.constant(f"{name}.shape", np.array([slots, width // 2], np.int64))
+            shape = constant(self.graph, f"{name}.shape", [slots, width // 2])
             made = self._node(row, "Expand", [row.outputs[0], shape], (slots, width // 2), dtype, name)
             self._made[factor, slots] = made.outputs[0]
         return self._made[factor, slots]
-
-    def constant(self, name: str, array: np.ndarray) -> ir.Value:
-        if name not in self.graph.initializers:
-            tensor = ir.Tensor(array, name=name)
-            value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-            self.graph.initializers[name] = value
-        return self.graph.initializers[name]
 
     def _node(
         self,
@@ -180,10 +211,10 @@ def _fuse(graph: ir.Graph, found: _Attention, tables: _Tables) -> None:
     heads = (sizes(found.end.outputs[0]) or (0,))[-1] // slots[-1]
     node = ir.Node(
         _DOMAIN,
-        "GroupQueryAttention",
+        _OPERATOR,
         [
             found.packed, None, None, found.key.inputs[0], found.value.inputs[0], tables.filled,
-            tables.constant("slots.count", np.array(slots[2], np.int32)),
+            constant(graph, "slots.count", slots[2], np.int32),
             tables.table(cos, slots[2]), tables.table(signed if sine is None else sine, slots[2]),
         ],
         [
@@ -210,7 +241,9 @@ def _widen_bias(graph: ir.Graph, packed: ir.Value) -> None:
     if total is None or bias is None or bias.const_value is None or len(sizes(bias) or ()) != 1:
         return
     wide, name = (1, 1, *(sizes(bias) or ())), f"{bias.name}.wide"
-    tensor = derive(bias.const_value, f"reshape{wide}", lambda array: np.reshape(array, wide), shape=wide, name=name)
+    source = bias.const_value
+    key, dtype = key_of(source), source.dtype  # the key of the bias: the other phases read the same bytes
+    tensor = KeyedTensor(key, lambda: ir.Tensor(source.numpy().reshape(wide), dtype=dtype, name=name), dtype, wide, name)
     graph.initializers[name] = ir.Value(name=name, shape=ir.Shape(wide), type=ir.TensorType(tensor.dtype), const_value=tensor)
     total.replace_input_with(1, graph.initializers[name])
     if not bias.uses():

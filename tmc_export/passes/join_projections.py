@@ -10,7 +10,6 @@ costs more than the second product saves.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,8 +17,8 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes
 
-from tmc_export.export.lazy_tensors import KeyedTensor
-from tmc_export.passes._rewrite import counts, sizes
+from tmc_export.export.lazy_tensors import KeyedTensor, key_of
+from tmc_export.passes._rewrite import constant, sizes
 
 __all__ = ["JoinProjectionsPass"]
 
@@ -103,15 +102,15 @@ def _product(node: ir.Node) -> _Product | None:
     shapes = [sizes(value) or (0,) for value in stored]
     if len({shape[-1] for shape in shapes}) != 1 or len(shapes[0]) != 2:
         return None
-    return _Product(node, widen, stored, shapes[0][-1], _bias(node))
+    return _Product(node, widen, stored, shapes[0][-1], _bias(node, shapes[0][-1]))
 
 
-def _bias(node: ir.Node) -> tuple[ir.Node, ir.Value] | None:
+def _bias(node: ir.Node, columns: int) -> tuple[ir.Node, ir.Value] | None:
     uses = list(node.outputs[0].uses())
     if len(uses) != 1 or uses[0].node.op_type != "Add" or uses[0].node.outputs[0].is_graph_output():
         return None
     value = uses[0].node.inputs[1 - uses[0].idx]
-    return (uses[0].node, value) if value is not None and _stored(value, 1) else None
+    return (uses[0].node, value) if value is not None and _stored(value, 1) and sizes(value) == (columns,) else None
 
 
 def _join(graph: ir.Graph, products: Sequence[_Product]) -> None:
@@ -131,7 +130,12 @@ def _join(graph: ir.Graph, products: Sequence[_Product]) -> None:
     if biases:
         made.append(ir.node("Add", [made[-1].outputs[0], _beside(graph, biases)]))
         _like(made[-1].outputs[0], first.end.outputs[0], sum(columns), f"{name}.sum")
-    split = ir.node("Split", [made[-1].outputs[0], counts(graph, columns)], attributes={"axis": -1}, num_outputs=len(columns))
+    split = ir.node(
+        "Split",
+        [made[-1].outputs[0], constant(graph, f"split_{'_'.join(map(str, columns))}", columns)],
+        attributes={"axis": -1},
+        num_outputs=len(columns),
+    )
     graph.insert_before(_earliest(graph, products), [*made, split])
     for product, part in zip(products, split.outputs, strict=True):
         old = product.end.outputs[0]
@@ -172,12 +176,7 @@ def _beside(graph: ir.Graph, values: Sequence[ir.Value]) -> ir.Value:
     def load() -> ir.TensorProtocol:
         return ir.Tensor(np.concatenate([t.numpy() for t in tensors], axis=-1), dtype=dtype, name=name)
 
-    tensor = KeyedTensor(f"join({'; '.join(map(_key, values))})", load, dtype, shape, name)
+    tensor = KeyedTensor(f"join({'; '.join(map(key_of, tensors))})", load, dtype, shape, name)
     joined = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=tensor)
     graph.register_initializer(joined)
     return joined
-
-
-def _key(value: ir.Value) -> str:
-    tensor = _tensor(value)
-    return tensor.key if isinstance(tensor, KeyedTensor) else f"{hashlib.sha256(tensor.tobytes()).hexdigest()}:{tensor.dtype}"

@@ -31,7 +31,7 @@ def _still(graph: ir.Graph, node: ir.Node) -> bool:
     if node.graph is None or node.op_type != "Transpose" or node.domain not in ("", "ai.onnx"):
         return False
     before, after = sizes(node.inputs[0]), sizes(node.outputs[0])
-    if before is None or after is None:
+    if not before or not after or 0 in after:  # a 0 in a Reshape's shape means "as before"
         return False
     order = [axis for axis in node.attributes.get_ints("perm", list(reversed(range(len(before))))) if before[axis] > 1]
     if order != sorted(order):
@@ -90,7 +90,7 @@ def _merge(graph: ir.Graph, node: ir.Node) -> bool:
     if node.graph is None or node.op_type != "Reshape" or node.domain not in ("", "ai.onnx"):
         return False
     shape, source = sizes(node.outputs[0]), node.inputs[0]
-    if shape is None or source is None:
+    if shape is None or source is None or 0 in shape:
         return False
     own = source.producer() is not None and not source.is_graph_output()
     if sizes(source) == shape and (own or not node.outputs[0].is_graph_output()):

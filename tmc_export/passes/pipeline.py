@@ -15,7 +15,7 @@ from tmc_export.passes.assert_static import AssertStaticPass
 from tmc_export.passes.divide_by_root import DivideByRootPass
 from tmc_export.passes.drop_empty_inputs import DropEmptyInputsPass
 from tmc_export.passes.fold_weight_transposes import FoldWeightTransposesPass
-from tmc_export.passes.fuse_decode_attention import FuseDecodeAttentionPass
+from tmc_export.passes.fuse_decode_attention import FUSED, FuseDecodeAttentionPass
 from tmc_export.passes.group_query_heads import GroupQueryHeadsPass
 from tmc_export.passes.join_projections import JoinProjectionsPass
 from tmc_export.passes.keep_outputs import KeepOutputsPass, output_names
@@ -93,15 +93,21 @@ def specialize(model: ir.Model, sizes: Mapping[str, int], name: str, *, append: 
     return AssertStaticPass(name)(finish(static).model).model  # by itself: a sequence would wrap its error
 
 
-def finish(model: ir.Model, *, fuse: bool = False) -> None:
+def finish(model: ir.Model, *, static: bool = True, fuse: bool = False) -> None:
     """Passes that need to know how each weight is stored, in place: what reads one value is joined.
 
     Args:
-        model: static, or symbolic for the engine builder; weight schemes applied.
+        model: weight schemes applied.
+        static: every shape is a number; the blocks of the engine builder stay symbolic.
         fuse: the graph takes one token, no layer has a window, and onnxruntime runs it: use its operator for attention.
+
+    Raises:
+        ExportError: a shape stays open or an operator is not allowed.
     """
     names = output_names(model)
     ir.passes.Sequential(
         JoinProjectionsPass(), *([FuseDecodeAttentionPass()] if fuse else []), common.RemoveUnusedNodesPass(),
         common.TopologicalSortPass(), KeepOutputsPass(names),
     )(model)  # fmt: skip
+    if static:
+        AssertStaticPass(model.graph.name or "", frozenset({FUSED}) if fuse else frozenset())(model)

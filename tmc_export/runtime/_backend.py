@@ -25,7 +25,11 @@ class Graph(Protocol):
     inputs: tuple[str, ...]
 
     def run(self, feed: Mapping[str, Array]) -> dict[str, Array]:
-        """Run once; names that the graph does not have are ignored, a missing one is an error. Returns every output by name."""
+        """Run once; names that the graph does not have are ignored, a missing one is an error.
+
+        Returns:
+            Every output by name; a graph that fills slots returns the row it wrote, `present.*`, as the others do.
+        """
         ...
 
     def step(self, feed: Mapping[str, Array]) -> dict[str, Array]:

@@ -60,10 +60,11 @@ class _OrtGraph:
         """
         if not self._filled:
             return self.run(feed)
+        wanted = {name: feed[name] for name in self.inputs}
         with self._errors():
             if self._step is None:
                 self._step = _Step(self._session, self._filled, self._outputs)
-            return self._step.run({name: feed[name] for name in self.inputs})
+            return self._step.run(wanted)
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -92,16 +93,17 @@ class _Step:
                 self._bind(name, array)
         self._session.run_with_iobinding(self._binding)
         values = self._binding.get_outputs()
-        return {name: np.array(value.numpy()) for name, value in zip(self._outputs, values, strict=False)}
+        return {name: np.array(value.numpy()) for name, value in zip(self._outputs, values[: len(self._outputs)], strict=True)}
 
     def _bind(self, name: str, array: Array) -> None:
         value = ort.OrtValue.ortvalue_from_numpy(array)
+        if value.data_ptr() != array.ctypes.data:
+            raise ValueError(f"input {name} was copied, so that what changes in place would not be seen")
+        self._arrays.pop(name, None)
         self._binding.bind_ortvalue_input(name, value)
-        self._arrays[name] = array
         if name in self._filled:
-            if value.data_ptr() != array.ctypes.data:
-                raise ValueError(f"input {name} was copied, so that its slots cannot be filled in place")
             self._binding.bind_ortvalue_output(self._filled[name], value)
+        self._arrays[name] = array  # last: an interrupt leaves it to be bound again
 
 
 class OnnxRuntimeBackend:

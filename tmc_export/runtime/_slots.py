@@ -70,12 +70,11 @@ class BlockSlots:
             )
 
     def write(self, present: Mapping[str, Array], order: Array) -> None:
-        """Append the first `len(order)` rows of the block's new keys and values; rows that a graph wrote itself are only marked."""
+        """Append the first `len(order)` rows of the block's new keys and values; without any `present.*` the graph wrote them itself."""
         count, start = order.shape[0], self.used
-        for name, buffer in self._buffers.items():
-            rows = present.get(name.replace("past_key_values.", "present.", 1))
-            if rows is not None:
-                buffer[:, :, start : start + count] = rows[:, :, :count]
+        if any(name.startswith("present.") for name in present):
+            for name, buffer in self._buffers.items():
+                buffer[:, :, start : start + count] = present[name.replace("past_key_values.", "present.", 1)][:, :, :count]
         self.order[0, start : start + count] = order
         self.valid[0, start : start + count] = True
         self.used += count
