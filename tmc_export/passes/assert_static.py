@@ -1,4 +1,4 @@
-"""The promise of every subgraph under `onnx/`: each shape is a number, each operator standard and one that TensorRT takes, or allowed by name."""
+"""The promise of each subgraph under `onnx/`: every shape a number, every operator standard and one TensorRT takes, or allowed by name."""
 
 from __future__ import annotations
 
