@@ -1,6 +1,7 @@
 """One weight file per part, each tensor in it once, however many graphs read it.
 
-A tensor is evaluated, written and forgotten; graphs then refer to it by file, offset and length.
+A tensor is evaluated, written and forgotten; graphs then refer to it by file, offset and length. What a compress graph reads of the next
+layer's query and key projections lies there a second time: the block reads them joined, as another tensor.
 """
 
 from __future__ import annotations

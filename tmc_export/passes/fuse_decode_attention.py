@@ -147,7 +147,7 @@ def _attention(softmax: ir.Node) -> _Attention | None:
 
 
 def _fits(found: _Attention) -> bool:
-    """One sequence, whole heads rotated by halves, the high half first, and the sine with the sign that `Sign_RotationPass` gave it."""
+    """One sequence, whole heads rotated by halves, the high half first, and the sine with the sign that `SignRotationPass` gave it."""
     packed, out, slots = sizes(found.packed), sizes(found.end.outputs[0]), sizes(found.key.outputs[0])
     if packed is None or out is None or slots is None or packed[:-1] != (1, 1) or out[:-1] != (1, 1) or slots[-1] % 16:
         return False

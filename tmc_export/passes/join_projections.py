@@ -23,6 +23,7 @@ from tmc_export.passes._rewrite import constant, sizes
 __all__ = ["JoinProjectionsPass"]
 
 _FROM = 3
+"""Products of one input that are worth joining."""
 _WIDENING = ("Cast", "DequantizeLinear")
 
 

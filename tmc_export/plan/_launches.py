@@ -105,5 +105,5 @@ def prompt_launches(plan: Plan) -> tuple[Launch, ...]:
 
 
 def decode_launches(plan: Plan, width: int) -> tuple[Launch, ...]:
-    """Everything that runs for one token; static graphs read all slots, so every token costs what the last one does."""
+    """Everything that runs for one token; reckoned with every slot read, as static graphs do and the last token must."""
     return (_embed(plan, "decode", width), *(_block(plan, b, "decode", width, b.capacity) for b in plan.blocks))

@@ -3,7 +3,7 @@
 Inputs, in order: `hidden [b, T, c]`, `positions [r, b, T]`, `order [b, T]`, `valid [b, T]`, `past_order [b, P]`, `past_valid [b, P]`,
 `last [b]` (only where a row is picked), then `past_key_values.<l>.key` and `.value` `[b, g, P, d]` per layer.
 Outputs: `hidden_out [b, T, c]` or `logits [b, vocabulary]`, `query.<l>` where a cut needs it, then `present.<l>.key` and
-`.value` `[b, g, T, d]`.
+`.value` `[b, g, T, d]`. The static decode graph returns its slots `[b, g, C, d]` instead, the new row written (`passes.append_in_place`).
 """
 
 from __future__ import annotations
