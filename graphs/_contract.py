@@ -35,10 +35,12 @@ __all__ = [
     "MethodConfig",
     "Need",
     "Positions",
+    "Sample",
     "Segment",
     "Site",
     "Stage",
     "TextEmbeds",
+    "TextTower",
 ]
 
 Positions = Literal["keep", "renumber", "truncate"]
@@ -155,21 +157,25 @@ class Attention(Need):
     """Attention weights of one layer, over the candidates.
 
     Captured as `[b, n]` for `rows` of `last` and `cls`; `heads="none"` puts the head axis after the batch: `[b, h, n]`. For `rows="text"`
-    and `"window"`: `[b, rows, n]` (`[b, h, rows, n]` with `heads="none"`). For `rows="all"`: the column sums `[b, n]`.
+    and `"window"`: `[b, rows, n]` (`[b, h, rows, n]` with `heads="none"`), the text rows being those of `Context.text`. For `rows="all"`,
+    and wherever `row_sum` is set: the column sums `[b, n]`; padded rows count nothing.
     The weights are softmax over **every** visible key (past, text and visual), in float32; the columns of the candidates are then taken.
+    Heads are joined before rows are summed. Sums over many rows are made in blocks of rows, so that the map is never kept.
 
     Attributes:
         layer: `previous` (the layer before the cut) or `next` (the layer after it, its query and keys computed from the tokens at the cut).
-        rows: which query rows: the last valid token, the class token, the text tokens of this turn, the last `window`, or all.
-        heads: how the heads are joined: mean, max, sum or none.
+        rows: which query rows: the last valid token, the class token, the text tokens of this turn, the visual tokens of this turn
+            (`visual`, always with `row_sum`), the last `window` tokens, or all.
+        heads: how the heads are joined: mean, max, sum or none; `joined` is one head over the whole width, scaled by its root (encoders
+            only).
         window: rows in the window when `rows` is `window`.
-        row_sum: also divide by nothing: hand the sum over rows instead of the rows.
+        row_sum: hand the sum over rows instead of the rows.
         logits: hand the scaled products before softmax.
     """
 
     layer: Literal["previous", "next"] = "previous"
-    rows: Literal["last", "text", "cls", "window", "all"] = "last"
-    heads: Literal["mean", "max", "sum", "none"] = "mean"
+    rows: Literal["last", "text", "cls", "visual", "window", "all"] = "last"
+    heads: Literal["mean", "max", "sum", "none", "joined"] = "mean"
     window: int = 0
     row_sum: bool = False
     logits: bool = False
@@ -190,6 +196,21 @@ class Keys(Need):
 @dataclass(frozen=True)
 class TextEmbeds(Need):
     """The prompt's text embeddings `[b, m, c]`, in `Context.text`."""
+
+
+@dataclass(frozen=True)
+class TextTower(Need):
+    """What a text encoder of its own makes of the question: its projected embedding `[b, width]`.
+
+    The encoder is a subgraph of the bundle with a tokenizer of its own.
+
+    Attributes:
+        source: hub id or folder (relative to the recipe) of a CLIP or SigLIP checkpoint.
+        width: channels of the embedding.
+    """
+
+    source: str
+    width: int
 
 
 # -------------------------------------------------------------------------------------------------------------- stages
@@ -308,6 +329,21 @@ class Compressed:
     kv: Mapping[int, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Sample:
+    """One way to use a method; the conformance suite tries every one.
+
+    Attributes:
+        at: the site.
+        options: as a recipe has them.
+        too_much: options that ask for more than arrives, which `layout` must refuse; not needed where the options hold a `Budget`.
+    """
+
+    at: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    too_much: Mapping[str, Any] = field(default_factory=dict)
+
+
 class Method:
     """Base of all methods: class-level facts, and the four functions. Methods hold no state and are never instantiated.
 
@@ -320,6 +356,8 @@ class Method:
         sites: forms of `at` the method accepts, with `<l>`/`<k>` for a layer: `("projector", "decoder.<k>")`.
         query_aware: what is kept depends on the prompt.
         training_free: works without learned weights of its own.
+        grows: more tokens may leave a stage than arrive (register tokens appended); else a plan refuses that.
+        samples: further sites and options for the conformance suite; without any, the default options at the first site are tried.
     """
 
     name: ClassVar[str] = ""
@@ -330,6 +368,8 @@ class Method:
     sites: ClassVar[tuple[str, ...]]
     query_aware: ClassVar[bool] = False
     training_free: ClassVar[bool] = True
+    grows: ClassVar[bool] = False
+    samples: ClassVar[tuple[Sample, ...]] = ()
 
     Config: type[MethodConfig] = MethodConfig
 

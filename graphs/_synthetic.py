@@ -24,6 +24,7 @@ from tmc_export.graphs._contract import (
     Site,
     Stage,
     TextEmbeds,
+    TextTower,
 )
 
 if TYPE_CHECKING:
@@ -89,6 +90,8 @@ def _captured(need: Need, b: int, n: int, layout: Layout, facts: ModelFacts, dra
         return torch.randn(b, n, facts.encoder.width, generator=draw)
     if isinstance(need, TextEmbeds):
         return torch.randn(b, _TEXT_TOKENS, facts.decoder.width, generator=draw)
+    if isinstance(need, TextTower):
+        return torch.randn(b, need.width, generator=draw)
     raise ValueError(f"no made-up input for the need {need!r}; add one to graphs/_synthetic.py")
 
 
@@ -128,10 +131,14 @@ def contexts(
     draw = torch.Generator().manual_seed(seed)
     shapes: Mapping[str, Any] = method.weights(config, facts)
     weights = {name: torch.randn(shape, generator=draw) * 0.1 for name, shape in shapes.items()}
-    layout = arriving_layout(site, facts)
+    stages = method.stages(site, config, facts)
+    layout = arriving_layout(stages[0].at, facts)
     tokens = torch.randn(batch, layout.tokens, layout.width, generator=draw)
     state: Mapping[str, Tensor] = {}
-    for stage in method.stages(site, config, facts):
+    for stage in stages:
+        if layout.width != (width := arriving_layout(stage.at, facts).width):  # past the projector: no class token, other channels
+            layout = Layout(tuple(s for s in layout.segments if s.kind == "visual"), width)
+            tokens = torch.randn(batch, layout.tokens, width, generator=draw)
         leaving = method.layout(stage, layout, config, facts)
         context = replace(_context(stage, batch, layout, facts, draw, weights), state=state)
         yield stage, tokens, context

@@ -9,7 +9,7 @@ from pydantic import Field
 from tmc_export.core.facts import ModelFacts
 from tmc_export.graphs import register
 from tmc_export.graphs._checks import need_grid, need_site
-from tmc_export.graphs._contract import Compressed, Context, Layout, Method, MethodConfig, Segment, Site, Stage
+from tmc_export.graphs._contract import Compressed, Context, Layout, Method, MethodConfig, Sample, Segment, Site, Stage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,6 +48,11 @@ class Downsample(Method):
     official = "paper only"
     mechanism = "control"
     sites = ("input", "projector")
+
+    samples = (
+        Sample("input", {"grid": (5, 3)}, too_much={"grid": (9, 3)}),
+        Sample("projector", {"grid": (5, 3)}, too_much={"grid": (0, 3)}),
+    )
 
     class Config(MethodConfig):
         """Options.

@@ -9,7 +9,7 @@ from pydantic import Field
 from tmc_export.core.facts import ModelFacts
 from tmc_export.graphs import register
 from tmc_export.graphs._checks import need_grid, need_raster_encoder, need_site
-from tmc_export.graphs._contract import Compressed, Context, Layout, Method, MethodConfig, Segment, Site, Stage
+from tmc_export.graphs._contract import Compressed, Context, Layout, Method, MethodConfig, Sample, Segment, Site, Stage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,6 +48,13 @@ class Pool(Method):
     official = "mu-cai/matryoshka-mm@ec30cd3, LLaVA-VL/LLaVA-NeXT@df17966 llava/model/llava_arch.py:get_2dPool"
     mechanism = "transform"
     sites = ("projector", "encoder", "encoder.<l>")
+
+    samples = (
+        Sample("projector", too_much={"kernel": 9}),
+        Sample("projector", {"mode": "max"}),
+        Sample("projector", {"mode": "bilinear", "kernel": 3}),
+        Sample("encoder", {"kernel": 3}),
+    )
 
     class Config(MethodConfig):
         """Options.

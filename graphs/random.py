@@ -10,7 +10,7 @@ from pydantic import Field
 from tmc_export.core.facts import ModelFacts
 from tmc_export.graphs import register
 from tmc_export.graphs._checks import kept_of, need_raster_encoder, need_site, selected
-from tmc_export.graphs._contract import Budget, Compressed, Context, Layout, Method, MethodConfig, Segment, Site, Stage
+from tmc_export.graphs._contract import Budget, Compressed, Context, Layout, Method, MethodConfig, Sample, Segment, Site, Stage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,6 +58,8 @@ class Random(Method):
     official = "paper only"
     mechanism = "control"
     sites = ("encoder", "encoder.<l>", "projector", "decoder.<k>")
+
+    samples = (Sample("encoder"), Sample("projector", {"keep": 5, "seed": 3}), Sample("decoder.2"))
 
     class Config(MethodConfig):
         """Options.

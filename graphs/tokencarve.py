@@ -10,7 +10,7 @@ from pydantic import Field
 from tmc_export.core.facts import ModelFacts
 from tmc_export.graphs import register
 from tmc_export.graphs._checks import kept_of, need_site, selected
-from tmc_export.graphs._contract import Attention, Budget, Compressed, Context, Layout, Method, MethodConfig, Site, Stage
+from tmc_export.graphs._contract import Attention, Budget, Compressed, Context, Layout, Method, MethodConfig, Sample, Site, Stage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,6 +56,8 @@ class TokenCarve(Method):
     mechanism = "attention"
     sites = ("decoder.<k>",)
     query_aware = True
+
+    samples = (Sample("decoder.2", {"scores": "attention", "keep": 20}), Sample("decoder.2", {"keep": 21}))
 
     class Config(MethodConfig):
         """Options.

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from tmc_export.core.facts import ModelFacts
 from tmc_export.graphs import register
 from tmc_export.graphs._checks import need_raster_encoder, need_site
-from tmc_export.graphs._contract import Compressed, Context, Keys, Layout, Method, MethodConfig, Segment, Site, Stage
+from tmc_export.graphs._contract import Compressed, Context, Keys, Layout, Method, MethodConfig, Sample, Segment, Site, Stage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +50,8 @@ class ToMe(Method):
     official = "facebookresearch/ToMe@af95e4b tome/merge.py:bipartite_soft_matching, merge_wavg; tome/patch/timm.py"
     mechanism = "similarity"
     sites = ("encoder", "encoder.<l>.mid")
+
+    samples = (Sample("encoder", {"r": 9}, too_much={"r": 33}), Sample("encoder.1.mid", {"r": 4}))
 
     class Config(MethodConfig):
         """Options.

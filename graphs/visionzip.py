@@ -9,7 +9,7 @@ from pydantic import Field
 from tmc_export.core.facts import ModelFacts
 from tmc_export.graphs import register
 from tmc_export.graphs._checks import need_class_token, need_raster_encoder, need_site
-from tmc_export.graphs._contract import Attention, Compressed, Context, Keys, Layout, Method, MethodConfig, Segment, Site, Stage
+from tmc_export.graphs._contract import Attention, Compressed, Context, Keys, Layout, Method, MethodConfig, Sample, Segment, Site, Stage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,6 +54,8 @@ class VisionZip(Method):
     official = "dvlab-research/VisionZip@3151f6d visionzip/clip_encoder.py:CLIPVisionTower_VisionZip.forward"
     mechanism = "attention"
     sites = ("encoder",)
+
+    samples = (Sample("encoder", {"dominant": 12, "contextual": 7}, too_much={"dominant": 60, "contextual": 7}),)
 
     class Config(MethodConfig):
         """Options.

@@ -15,7 +15,20 @@ from torch import Tensor
 from tests.graphs._onnx import execute, export
 from tmc_export.core.facts import ModelFacts
 from tmc_export.graphs import METHODS
-from tmc_export.graphs._contract import Attention, Budget, Compressed, Context, Layout, Method, MethodConfig, Site, Stage
+from tmc_export.graphs._contract import (
+    Attention,
+    Budget,
+    Compressed,
+    Context,
+    Features,
+    Keys,
+    Layout,
+    Method,
+    MethodConfig,
+    Sample,
+    Site,
+    Stage,
+)
 from tmc_export.graphs._synthetic import FACTS, arriving_layout, context_for
 
 # float32 sums in another order
@@ -49,32 +62,14 @@ class Example:
             return self.method.apply(stage, tokens, context, self.config)
 
 
-# Further sites and options of a method; one without an entry is tried with its default options at its first site.
-# `too_much` is a budget that cannot be met, for methods whose options hold no `Budget`.
-EXTRA: dict[str, list[tuple[str, dict[str, Any], dict[str, Any]]]] = {
-    "pool": [
-        ("projector", {}, {"kernel": 9}),
-        ("projector", {"mode": "max"}, {}),
-        ("projector", {"mode": "bilinear", "kernel": 3}, {}),
-        ("encoder", {"kernel": 3}, {}),
-    ],
-    "random": [("encoder", {}, {}), ("projector", {"keep": 5, "seed": 3}, {}), ("decoder.2", {}, {})],
-    "downsample": [("input", {"grid": (5, 3)}, {"grid": (9, 3)}), ("projector", {"grid": (5, 3)}, {"grid": (0, 3)})],
-    "visionzip": [("encoder", {"dominant": 12, "contextual": 7}, {"dominant": 60, "contextual": 7})],
-    "tome": [("encoder", {"r": 9}, {"r": 33}), ("encoder.1.mid", {"r": 4}, {})],
-    "tokencarve": [("decoder.2", {"scores": "attention", "keep": 20}, {}), ("decoder.2", {"keep": 21}, {})],
-}
-
-
 def examples() -> Iterator[Example]:
-    """Every stage of every example of every registered method."""
+    """Every stage of every sample of every registered method."""
     for name in METHODS:
         method = METHODS.get(name)
-        entries = EXTRA.get(name, [(method.sites[0].replace("<l>", "1").replace("<k>", "2"), {}, {})])
-        for at, options, too_much in entries:
-            stages = method.stages(Site.parse(at), method.Config(**options), FACTS)
+        for sample in method.samples or (Sample(method.sites[0].replace("<l>", "1").replace("<k>", "2")),):
+            stages = method.stages(Site.parse(sample.at), method.Config(**sample.options), FACTS)
             for index in range(len(stages)):
-                yield Example(method, at, options, index, too_much)
+                yield Example(method, sample.at, sample.options, index, sample.too_much)
 
 
 def tensors(tokens: Tensor, context: Context) -> dict[str, Tensor]:
@@ -213,6 +208,9 @@ def wrong_padding(example: Example, share: float = 0.2) -> list[str]:
     noisy, captured = tokens.clone(), {}
     noisy[:, padding] = 50.0
     for need, value in context.captured.items():
+        if not isinstance(need, (Attention, Features, Keys)):
+            captured[need] = value
+            continue
         changed = value.clone()
         changed[(..., padding) if isinstance(need, Attention) else (slice(None), padding)] = 50.0
         captured[need] = changed
