@@ -190,7 +190,14 @@ class Features(Need):
 
 @dataclass(frozen=True)
 class Keys(Need):
-    """Attention keys `[b, n, h, d]`, unscaled and before any rotary embedding, of the layer before the site (at `.mid`: of that layer)."""
+    """Attention keys `[b, n, h, d]`, unscaled and before any rotary embedding.
+
+    Attributes:
+        layer: `previous`, of the layer before the site (at `.mid`: of that layer), or `next`, of the layer after it, computed from the
+            tokens at the cut.
+    """
+
+    layer: Literal["previous", "next"] = "previous"
 
 
 @dataclass(frozen=True)
