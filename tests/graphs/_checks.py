@@ -122,11 +122,13 @@ def wrong_layout(example: Example, batch: int = 2) -> list[str]:
     found += [f"{name}: missing" for name in shapes if name.startswith("kv.") and name not in got]
     types = {"source": torch.int64, "valid": torch.bool, "assign": torch.int64, "tokens": tokens.dtype}
     found += [f"{name}: {got[name].dtype}, expected {kind}" for name, kind in types.items() if name in got and got[name].dtype != kind]
-    if not -1 <= int(out.source.min()) <= int(out.source.max()) < n:
+    if not bool(((out.source >= -1) & (out.source < n)).all()):
         found.append("source: outside the candidates")
     if out.assign is not None and not -1 <= int(out.assign.min()) <= int(out.assign.max()) < k:
         found.append("assign: outside the rows")
-    if stage.at.part == "decoder" and not bool((out.source[:, 1:] > out.source[:, :-1]).all()):
+    place = torch.where(out.source < 0, n, out.source)  # synthetic tokens come after the kept ones
+    rising = (place[:, 1:] > place[:, :-1]) | (out.source[:, 1:] < 0)
+    if stage.at.part == "decoder" and not bool(rising.all()):
         found.append("source: not ascending at a decoder site")
     if out.mix is not None and not found:
         found += close("mix @ tokens", (out.mix @ tokens).numpy(), out.tokens.numpy())
