@@ -51,7 +51,8 @@ def euclidean_distances(x: Tensor) -> Tensor:
     square = (x * x).sum(dim=2)
     squares = (square.unsqueeze(2) + square.unsqueeze(1) - 2.0 * (x @ x.transpose(1, 2))).clamp_min(0.0)
     apart = 1.0 - torch.eye(x.shape[1], device=x.device)
-    return squares.sqrt() * apart / x.shape[2] ** 0.5
+    root: float = x.shape[2] ** 0.5
+    return squares.sqrt() * apart / root
 
 
 def cosine_distances(x: Tensor, eps: float = 0.0) -> Tensor:
