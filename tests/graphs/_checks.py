@@ -44,6 +44,7 @@ class Example:
     options: Mapping[str, Any] = field(default_factory=dict)
     index: int = 0
     too_much: Mapping[str, Any] = field(default_factory=dict)
+    arriving: Layout | None = None
 
     @property
     def id(self) -> str:
@@ -55,7 +56,7 @@ class Example:
         return self.method.Config(**self.options)
 
     def made(self, batch: int = 1, seed: int = 0) -> tuple[Stage, Tensor, Context]:
-        return context_for(self.method, self.config, self.at, index=self.index, batch=batch, seed=seed)
+        return context_for(self.method, self.config, self.at, index=self.index, batch=batch, seed=seed, arriving=self.arriving)
 
     def apply(self, stage: Stage, tokens: Tensor, context: Context) -> Compressed:
         with torch.no_grad():
@@ -69,7 +70,7 @@ def examples() -> Iterator[Example]:
         for sample in method.samples or (Sample(method.sites[0].replace("<l>", "1").replace("<k>", "2")),):
             stages = method.stages(Site.parse(sample.at), method.Config(**sample.options), FACTS)
             for index in range(len(stages)):
-                yield Example(method, sample.at, sample.options, index, sample.too_much)
+                yield Example(method, sample.at, sample.options, index, sample.too_much, sample.arriving)
 
 
 def tensors(tokens: Tensor, context: Context) -> dict[str, Tensor]:
@@ -221,7 +222,9 @@ def wrong_padding(example: Example, share: float = 0.2) -> list[str]:
     rows = out.valid[0]
     found += close("valid tokens", again.tokens[0][rows].numpy(), out.tokens[0][rows].numpy())
     found += close("source of valid rows", again.source[0][rows].numpy(), out.source[0][rows].numpy())
-    if example.method.layout(stage, context.layout, example.config, context.facts).grid is None and not bool(rows.all()):
+    origin = out.source[0]
+    stayed = ~rows & ((origin < 0) | ~valid[0][origin.clamp(min=0)])  # not what a method marks as padding itself
+    if example.method.layout(stage, context.layout, example.config, context.facts).grid is None and bool(stayed.any()):
         gone = torch.ones(n, dtype=torch.bool)
         gone[out.source[0][out.source[0] >= 0]] = False
         gone &= valid[0] if out.assign is None else valid[0] & (out.assign[0] < 0)
