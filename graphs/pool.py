@@ -90,11 +90,13 @@ class Pool(Method):
         """Pool the raster; class tokens pass."""
         import torch
 
+        from tmc_export.graphs._raster import with_class
+
         out = Pool.layout(stage, context.layout, config, context.facts)
         first, b = context.layout.class_tokens, tokens.shape[0]
         old, new = need_grid("pool", context.layout, stage.at), need_grid("pool", out, stage.at)
         pooled = torch.cat([tokens[:, :first], _pool(tokens[:, first:], old, new, config)], dim=1)
-        matrix = _with_class(_weights(old, new, config), first)
+        matrix = with_class(_weights(old, new, config), first)
         padding = (matrix > 0).float() @ (~context.valid).float().unsqueeze(2)
         source, assign = _places(old, new, first, config)
         return Compressed(
@@ -131,17 +133,6 @@ def _weights(old: tuple[int, int], new: tuple[int, int], config: Pool.Config) ->
     s = config.kernel
     full = grid_matrix((new[0] * s, new[1] * s), new, "area").reshape(-1, new[0] * s, new[1] * s)
     return functional.pad(full, (0, old[1] - new[1] * s, 0, old[0] - new[0] * s)).reshape(-1, old[0] * old[1])
-
-
-def _with_class(matrix: Tensor, first: int) -> Tensor:
-    """Put an identity for `first` class tokens before the matrix."""
-    import torch
-    from torch.nn import functional
-
-    if not first:
-        return matrix
-    top = torch.eye(first, first + matrix.shape[1])
-    return torch.cat([top, functional.pad(matrix, (first, 0))])
 
 
 def _places(old: tuple[int, int], new: tuple[int, int], first: int, config: Pool.Config) -> tuple[Tensor, Tensor]:
