@@ -70,7 +70,7 @@ def arriving_layout(at: Site, facts: ModelFacts) -> Layout:
         return Layout((Segment("visual", pixels[0] * pixels[1], pixels),), 3)
     if at.part == "encoder" or at.point == "replace":
         visual = Segment("visual", grid[0] * grid[1], grid)
-        first = facts.encoder.class_tokens
+        first = facts.encoder.class_tokens if at.part == "encoder" else 0  # the projector gets no class token
         return Layout((Segment("class", first), visual) if first else (visual,), facts.encoder.width)
     return Layout((Segment("visual", facts.visual_tokens, facts.visual_grid),), facts.decoder.width)
 
