@@ -30,6 +30,9 @@ class ToMe(Method):
     `x_b = sum(size * x) / sum(size)`, `size_b = sum(size)`. Out: the other a, then all of b. The next layers add
     `log(size)` to the attention logits of each key.
 
+    With `kth: z`: patches in groups of z; all but the last of each group merge into the most similar of these last ones; n // z patches
+    leave, in order. What fills no group is dropped. The class token passes.
+
     Shapes (b batch, n candidates, c channels): tokens `[b, n, c]` -> `[b, n-r, c]`; state `size` `[b, n-r]` float32; `key_bias =
     log(size)`.
 
@@ -43,15 +46,20 @@ class ToMe(Method):
     with one. No raster means that a pool cannot follow. At most one class token.
 
     Where the official code differs: it lowers an r that is too large without a word; here that takes `clamp: true`. It draws no line
-    between padding and patches; here padding weighs nothing and merges last. Ties go to the lowest index.
+    between padding and patches; here padding weighs nothing and merges last. Its k-th variant knows no class token and would merge it.
+    Ties go to the lowest index.
     """
 
     paper = "Token Merging: Your ViT But Faster, ICLR 2023, arXiv:2210.09461"
-    official = "facebookresearch/ToMe@af95e4b tome/merge.py:bipartite_soft_matching, merge_wavg; tome/patch/timm.py"
+    official = "facebookresearch/ToMe@af95e4b tome/merge.py:bipartite_soft_matching, kth_bipartite_soft_matching, merge_wavg"
     mechanism = "similarity"
     sites = ("encoder", "encoder.<l>.mid")
 
-    samples = (Sample("encoder", {"r": 9}, too_much={"r": 33}), Sample("encoder.1.mid", {"r": 4}))
+    samples = (
+        Sample("encoder", {"r": 9}, too_much={"r": 33}),
+        Sample("encoder.1.mid", {"r": 4}),
+        Sample("encoder.1.mid", {"kth": 4}, too_much={"kth": 65}),
+    )
 
     class Config(MethodConfig):
         """Options.
@@ -60,11 +68,13 @@ class ToMe(Method):
             r: tokens merged away per layer; one number, or one for each of the layers that merge.
             layers: the encoder layers (0-based) that merge with `at: encoder`; all of them when left out.
             clamp: lower an r that is too large to what a layer can merge, as the official code does, instead of refusing it.
+            kth: merge all but every k-th patch instead of the r most similar ones; r is not read then.
         """
 
         r: int | tuple[int, ...] = 8
         layers: tuple[int, ...] | None = Field(default=None)
         clamp: bool = False
+        kth: int | None = Field(default=None, ge=2)
 
         @model_validator(mode="after")
         def _positive(self) -> ToMe.Config:
@@ -97,8 +107,10 @@ class ToMe(Method):
 
     @staticmethod
     def layout(stage: Stage, layout: Layout, config: ToMe.Config, facts: ModelFacts) -> Layout:
-        """`n - r` tokens, class token first."""
+        """`n - r` tokens, or one of `kth` patches; class token first."""
         first = layout.class_tokens
+        if config.kth is not None:
+            return _with_class(layout, first, _groups(stage, layout, config.kth))
         r = config.r[stage.index] if isinstance(config.r, tuple) else config.r
         most = (layout.tokens - first) // 2
         if r > most and not config.clamp:
@@ -107,81 +119,65 @@ class ToMe(Method):
                 "true to merge all it can"
             )
         r = min(r, most)
-        if r == 0:
-            return layout
-        visual = Segment("visual", layout.tokens - first - r)
-        return Layout((Segment("class", first), visual) if first else (visual,), layout.width)
+        return layout if r == 0 else _with_class(layout, first, layout.tokens - first - r)
 
     @staticmethod
     def apply(stage: Stage, tokens: Tensor, context: Context, config: ToMe.Config) -> Compressed:
         """Merge the r most similar pairs."""
         import torch
 
+        from tmc_export.graphs._bipartite import log_size, match_pairs, merge_pairs
+
         size = context.state.get("size")
         size = context.valid.float() if size is None else size.float()
         n, b = tokens.shape[1], tokens.shape[0]
-        r = n - ToMe.layout(stage, context.layout, config, context.facts).tokens
-        if r == 0:
+        left, first = ToMe.layout(stage, context.layout, config, context.facts).tokens, context.layout.class_tokens
+        if config.kth is not None:
+            return _merge_groups(tokens, size, context, config.kth)
+        if left == n:
             index = torch.arange(n).expand(b, n).contiguous()
-            return Compressed(tokens, index, context.valid, state={"size": size}, key_bias=_log(size))
-        kept, merged, partner = _match(context.captured[_KEYS], r, context.layout.class_tokens, context.valid)
-        return _merge(tokens, size, kept, merged, partner, context.valid)
+            return Compressed(tokens, index, context.valid, state={"size": size}, key_bias=log_size(size))
+        metric = context.captured[_KEYS].float().mean(dim=2)
+        pairs = match_pairs(metric, n - left, context.valid, protect=bool(first))
+        return merge_pairs(tokens, size, pairs, context.valid)
 
 
-def _log(size: Tensor) -> Tensor:
-    """Return log(size) with 0 for padding, whose attention the validity already masks."""
-    return size.clamp_min(1.0).log()
+def _with_class(layout: Layout, first: int, patches: int) -> Layout:
+    visual = Segment("visual", patches)
+    return Layout((Segment("class", first), visual) if first else (visual,), layout.width)
 
 
-def _match(keys: Tensor, r: int, first: int, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Match even tokens with odd ones.
+def _groups(stage: Stage, layout: Layout, kth: int) -> int:
+    """Return how many groups of `kth` patches there are; raises `ValueError` when not one."""
+    patches = layout.tokens - layout.class_tokens
+    if kth > patches:
+        raise ValueError(f"kth: {kth} is more than the {patches} patches that arrive at {stage.at}; lower kth")
+    return patches // kth
 
-    Returns:
-        The even tokens that stay `[b, a-r]` and those that merge `[b, r]`, both counted among the even ones, and the odd partner `[b, r]`
-        of the latter.
-    """
+
+def _merge_groups(tokens: Tensor, size: Tensor, context: Context, kth: int) -> Compressed:
+    """Merge the first `kth - 1` patches of every group into the most similar of the groups' last ones; class tokens pass."""
     import torch
 
-    from tmc_export.graphs._ops import argmax, cosine, gather, top_in_order
+    from tmc_export.graphs._bipartite import averages, log_size
+    from tmc_export.graphs._ops import argmax, cosine, scatter_sum
 
-    metric = keys.float().mean(dim=2)
-    score = cosine(metric[:, 0::2], metric[:, 1::2])
-    both = valid[:, 0::2].unsqueeze(2) & valid[:, 1::2].unsqueeze(1)
-    score = torch.where(both, score, torch.full_like(score, -2.0))
-    best = score.amax(dim=2)
-    if first:
-        best = torch.cat([torch.full_like(best[:, :1], -1e30), best[:, 1:]], dim=1)
-    order = top_in_order(best, best.shape[1])
-    merged, kept = order[:, :r], order[:, r:]
-    if first:
-        from tmc_export.graphs._ops import complement
-
-        kept = complement(merged, best.shape[1])
-    return kept, merged, gather(argmax(score), merged)
-
-
-def _merge(tokens: Tensor, size: Tensor, kept: Tensor, merged: Tensor, partner: Tensor, valid: Tensor) -> Compressed:
-    """Average by size: `[b, n, c]` to `[b, n-r, c]`, the remaining even tokens, then the odd ones."""
-    import torch
-
-    from tmc_export.graphs._ops import gather, one_hot
-
-    dtype, b, n = tokens.dtype, tokens.shape[0], tokens.shape[1]
+    valid, first, n, b = context.valid, context.layout.class_tokens, tokens.shape[1], tokens.shape[0]
+    groups = (n - first) // kth
+    targets = torch.arange(first + kth - 1, first + groups * kth, kth)
+    metric = context.captured[_KEYS].float().mean(dim=2)
+    score = cosine(metric, metric[:, targets])
+    score = torch.where(valid[:, targets].unsqueeze(1), score, torch.full_like(score, -2.0))
+    index = torch.arange(n)
+    group = (index - first) // kth
+    own = (index < first) | ((index - first) % kth == kth - 1)
+    fixed = torch.where(index < first, index, first + group)
+    assign = torch.where(own, fixed, argmax(score) + first)
+    assign = torch.where(index < first + groups * kth, assign, torch.full_like(assign, -1))
+    k = first + groups
     weight = torch.where(valid, size, torch.zeros_like(size))
-    odds = torch.arange(1, n, 2)
-    onto = one_hot(partner, odds.shape[0]).transpose(1, 2)
-    even_weight = gather(weight[:, 0::2], merged)
-    odd_size = weight[:, 1::2] + (onto @ even_weight.unsqueeze(2)).squeeze(2)
-    total = odd_size.clamp_min(1e-30).unsqueeze(2)
-    moved = onto @ (gather(tokens[:, 0::2], merged).float() * even_weight.unsqueeze(2))
-    odd = (tokens[:, 1::2].float() * weight[:, 1::2].unsqueeze(2) + moved) / total
-    out = torch.cat([gather(tokens[:, 0::2], kept), odd.to(dtype)], dim=1)
-    new_size = torch.cat([gather(weight[:, 0::2], kept), odd_size], dim=1)
-    source = torch.cat([kept * 2, odds.expand(b, -1)], dim=1)
-    stay = kept.shape[1]
-    row = torch.arange(stay + odds.shape[0]).expand(b, -1)
-    where = torch.cat([source, merged * 2], dim=1)
-    assign = torch.zeros_like(where).scatter(1, where, torch.cat([row, partner + stay], dim=1))
-    mix = one_hot(assign, stay + odds.shape[0]).transpose(1, 2) * weight.unsqueeze(1)
-    mix = mix / mix.sum(dim=2, keepdim=True).clamp_min(1e-30)
-    return Compressed(out, source, new_size > 0, assign=assign, mix=mix, state={"size": new_size}, key_bias=_log(new_size))
+    mix = averages(assign, weight, k)
+    new_size = scatter_sum(weight.unsqueeze(2), assign, k).squeeze(2)
+    source = torch.cat([torch.arange(first), targets]).expand(b, -1).contiguous()
+    out = (mix @ tokens.float()).to(tokens.dtype)
+    return Compressed(out, source, new_size > 0, assign=assign, mix=mix, state={"size": new_size}, key_bias=log_size(new_size))

@@ -1,4 +1,4 @@
-"""ToMe: one match and merge, or a list `rs` of them in a row. The k-th variants are another algorithm."""
+"""ToMe: one match and merge, a list `rs` of them in a row, or the variant that keeps every `k`-th token."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tests.goldens._cases import Case, NotCovered, Program
+from tests.goldens._cases import Case, Program
 from tests.goldens.adapters._context import context, facts, layout
 from tmc_export.graphs._contract import Compressed, Layout, Site
 from tmc_export.graphs._ops import gather
@@ -16,7 +16,7 @@ from tmc_export.graphs.tome import ToMe
 
 def build(case: Case) -> Program:
     if "k" in case.params:
-        raise NotCovered("k-th bipartite matching merges a fixed fraction; ToMe's blocks do not use it")
+        return _kth(case, int(case.params["k"]))
     return _chain(case) if "rs" in case.params else _single(case)
 
 
@@ -51,6 +51,20 @@ def _single(case: Case) -> Program:
         }
 
     return Program({name: case.tensor(name) for name in ("x", "metric", "size") if name in case.inputs}, run)
+
+
+def _kth(case: Case, k: int) -> Program:
+    """All but every k-th token merge; the sum is the mean times its count."""
+    config = ToMe.Config(kth=k)
+
+    def run(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        x = inputs["x"]
+        out, _ = _merge(x, inputs.get("metric", x), None, config, 0, 0)
+        assert out.assign is not None
+        joining = torch.tensor([i for i in range(x.shape[1] // k * k) if i % k != k - 1])
+        return {"mean": out.tokens, "sum": out.tokens * out.state["size"].unsqueeze(2), "dst_idx": out.assign[:, joining]}
+
+    return Program({name: case.tensor(name) for name in ("x", "metric") if name in case.inputs}, run)
 
 
 def _merged(case: Case, assign: Tensor, stay: int, evens: int) -> Tensor:
