@@ -72,7 +72,8 @@ def dense_shapes(name: str, into: int, out: int, bias: bool = True) -> dict[str,
 
 def norm_shapes(name: str, width: int, bias: bool = True) -> dict[str, Shape]:
     """Declare a layer norm, or without `bias` an RMS norm."""
-    return {f"{name}.weight": (width,)} | ({f"{name}.bias": (width,)} if bias else {})
+    found: dict[str, Shape] = {f"{name}.weight": (width,)}
+    return found | {f"{name}.bias": (width,)} if bias else found
 
 
 def conv_shapes(name: str, into: int, out: int, kernel: int, bias: bool = False) -> dict[str, Shape]:

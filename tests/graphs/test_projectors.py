@@ -149,3 +149,52 @@ def test_a_norm_per_patch_is_not_a_norm_per_block() -> None:
         )
         assert torch.allclose(plain, scaled, atol=1e-4)  # eps 1e-6 against a variance of 1
         assert not torch.allclose(plain, other, atol=1e-3)
+
+
+def _with_weights_of(module: torch.nn.Module, names: dict[str, str], tokens: Tensor, method: type[Method], config: MethodConfig) -> Tensor:
+    """Run a method on a raster `[h, w, c]` with a module's weights under our names."""
+    draw = torch.Generator().manual_seed(3)
+    for value in module.parameters():
+        value.data = torch.randn(value.shape, generator=draw) * 0.3
+    h, w, c = tokens.shape
+    state = module.state_dict()
+    weights = {names.get(name.rpartition(".")[0], name.rpartition(".")[0]) + "." + name.rpartition(".")[2]: state[name] for name in state}
+    facts = replace(FACTS, encoder=replace(FACTS.encoder, width=c, grid=(h, w)), decoder=replace(FACTS.decoder, width=24))
+    assert {name: tuple(value.shape) for name, value in weights.items()} == dict(method.weights(config, facts))
+    context = Context(_layout((h, w), c), facts, torch.ones(1, h * w, dtype=torch.bool), torch.arange(h * w).unsqueeze(0), weights=weights)
+    with torch.no_grad():
+        return method.apply(STAGE, tokens.reshape(1, h * w, c), context, config).tokens[0]
+
+
+def test_the_projection_is_that_of_internvl() -> None:
+    """The goldens hold the joining; the layers after it, against transformers, which has other names for them."""
+    from types import SimpleNamespace as Config
+
+    from transformers.models.internvl.modeling_internvl import InternVLModel, InternVLMultiModalProjector
+
+    sizes = Config(
+        vision_config=Config(hidden_size=6), text_config=Config(hidden_size=24), downsample_ratio=0.5, projector_hidden_act="gelu"
+    )
+    module = InternVLMultiModalProjector(sizes)
+    raster = torch.randn(4, 6, 6, generator=torch.Generator().manual_seed(4))
+    names = {"layer_norm": "mlp1.0", "linear_1": "mlp1.1", "linear_2": "mlp1.3"}
+    ours = _with_weights_of(module, names, raster, PixelUnshuffle, PixelUnshuffle.Config())
+    with torch.no_grad():
+        theirs = module(InternVLModel.pixel_shuffle(None, raster.unsqueeze(0)).flatten(1, 2))[0]
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    assert not torch.allclose(ours, theirs.flip(0), atol=1e-2)
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_the_merger_is_that_of_qwen(norm: str) -> None:
+    """The golden has the RMS norm; both, against transformers, on patches in the processor's order."""
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLPatchMerger
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import PatchMerger as Qwen2VLPatchMerger
+
+    module = (Qwen2VLPatchMerger if norm == "layer" else Qwen2_5_VLPatchMerger)(dim=24, context_dim=6)
+    raster = torch.randn(4, 6, 6, generator=torch.Generator().manual_seed(5))
+    ours = _with_weights_of(module, {}, raster, PatchMerger, PatchMerger.Config.model_validate({"norm": norm}))
+    with torch.no_grad():
+        theirs = module(raster.reshape(2, 2, 3, 2, 6).transpose(1, 2).reshape(24, 6))
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    assert not torch.allclose(ours, theirs.flip(0), atol=1e-2)
