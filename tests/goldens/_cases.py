@@ -39,8 +39,8 @@ class Case:
 
     @property
     def decided(self) -> bool:
-        """Indices may be compared exactly: the case is robust, or its ties are real ties."""
-        return self.exact or self.robust
+        """Indices may be compared exactly: the case is robust, its ties are real, or its inputs are whole numbers, which nothing rounds."""
+        return self.exact or self.robust or not any(a.dtype.kind == "f" for a in self.inputs.values())
 
     def tensor(self, name: str) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(self.inputs[name]))
