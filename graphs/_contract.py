@@ -344,11 +344,13 @@ class Sample:
         at: the site.
         options: as a recipe has them.
         too_much: options that ask for more than arrives, which `layout` must refuse; not needed where the options hold a `Budget`.
+        arriving: the candidates of one item, where a plain picture of the made-up model does not do (thumbnail and crops).
     """
 
     at: str
     options: Mapping[str, Any] = field(default_factory=dict)
     too_much: Mapping[str, Any] = field(default_factory=dict)
+    arriving: Layout | None = None
 
 
 class Method:
@@ -363,6 +365,7 @@ class Method:
         sites: forms of `at` the method accepts, with `<l>`/`<k>` for a layer: `("projector", "decoder.<k>")`.
         query_aware: what is kept depends on the prompt.
         training_free: works without learned weights of its own.
+        budgets: what the official code leaves to the data and an option fixes here, in a few words; empty: static by nature.
         grows: more tokens may leave a stage than arrive (register tokens appended); else a plan refuses that.
         samples: further sites and options for the conformance suite; without any, the default options at the first site are tried.
     """
@@ -375,6 +378,7 @@ class Method:
     sites: ClassVar[tuple[str, ...]]
     query_aware: ClassVar[bool] = False
     training_free: ClassVar[bool] = True
+    budgets: ClassVar[str] = ""
     grows: ClassVar[bool] = False
     samples: ClassVar[tuple[Sample, ...]] = ()
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LARGEST_TOPK",
     "argmax",
+    "chosen",
     "complement",
     "cosine",
     "gather",
@@ -113,7 +114,11 @@ def partition(chosen: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return order[:, :k], order[:, k:]
 
 
-def _chosen(scores: Tensor, k: int, valid: Tensor | None) -> Tensor:
+def chosen(scores: Tensor, k: int, valid: Tensor | None = None) -> Tensor:
+    """Return the mask `[b, n]` of the `k` best candidates; equal scores go to the lowest index, invalid candidates come last.
+
+    The mask of `keep_top`, for a method that needs no indices.
+    """
     import torch
 
     n = scores.shape[1]
@@ -141,7 +146,7 @@ def keep_top(scores: Tensor, k: int, valid: Tensor | None = None) -> tuple[Tenso
     >>> [t.tolist() for t in keep_top(torch.tensor([[2.0, 3.0, 2.0, 2.0]]), 2)]
     [[[0, 1]], [[2, 3]]]
     """
-    return partition(_chosen(scores, k, valid), k)
+    return partition(chosen(scores, k, valid), k)
 
 
 def complement(kept: Tensor, n: int) -> Tensor:

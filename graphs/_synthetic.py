@@ -118,9 +118,18 @@ def _context(stage: Stage, b: int, layout: Layout, facts: ModelFacts, draw: Gene
 
 
 def contexts(
-    method: type[Method], config: MethodConfig, at: str | Site, *, batch: int = 1, seed: int = 0, facts: ModelFacts = FACTS
+    method: type[Method],
+    config: MethodConfig,
+    at: str | Site,
+    *,
+    batch: int = 1,
+    seed: int = 0,
+    facts: ModelFacts = FACTS,
+    arriving: Layout | None = None,
 ) -> Iterator[tuple[Stage, Tensor, Context]]:
     """Yield `(stage, tokens [b, n, c], context)` for every stage of a recipe entry; later stages get what the earlier ones returned.
+
+    `arriving` replaces the layout of one uncompressed picture at the first stage.
 
     Raises:
         ValueError: the method refuses the site, the facts or the budget.
@@ -132,7 +141,7 @@ def contexts(
     shapes: Mapping[str, Any] = method.weights(config, facts)
     weights = {name: torch.randn(shape, generator=draw) * 0.1 for name, shape in shapes.items()}
     stages = method.stages(site, config, facts)
-    layout = arriving_layout(stages[0].at, facts)
+    layout = arriving or arriving_layout(stages[0].at, facts)
     tokens = torch.randn(batch, layout.tokens, layout.width, generator=draw)
     state: Mapping[str, Tensor] = {}
     for stage in stages:
@@ -155,9 +164,10 @@ def context_for(
     batch: int = 1,
     seed: int = 0,
     facts: ModelFacts = FACTS,
+    arriving: Layout | None = None,
 ) -> tuple[Stage, Tensor, Context]:
     """Return `(stage, tokens, context)` of stage number `index` of a recipe entry; see `contexts`."""
-    found = list(contexts(method, config, at, batch=batch, seed=seed, facts=facts))
+    found = list(contexts(method, config, at, batch=batch, seed=seed, facts=facts, arriving=arriving))
     if index >= len(found):
         raise ValueError(f"{method.name} at {at} has {len(found)} stages, there is no number {index}")
     return found[index]
