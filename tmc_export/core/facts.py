@@ -20,6 +20,7 @@ class EncoderFacts:
         class_tokens: tokens before the patches (1 for CLIP, 0 for SigLIP and Qwen2-VL).
         merge: patches per side that the projector joins into one token (2 for Qwen2-VL, else 1).
         grid: patch rows and columns of one picture of the bucket.
+        spare: blocks of the checkpoint behind those in use; a method may score with the first of them (`Attention(layer="next")`).
     """
 
     layers: int
@@ -30,6 +31,7 @@ class EncoderFacts:
     class_tokens: int
     merge: int
     grid: tuple[int, int]
+    spare: int = 0
 
     @property
     def tokens(self) -> int:

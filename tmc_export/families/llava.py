@@ -69,11 +69,13 @@ class Llava(Family):
             raise ModelError(
                 "vision_feature_select_strategy 'default' drops the first patch of an encoder without a class token; use 'full'"
             )
+        depth = int(vision["num_hidden_layers"])
+        used = _feature_layers(config, depth)
         return ModelFacts(
             family="llava",
             architecture="LlavaForConditionalGeneration",
             encoder=EncoderFacts(
-                layers=_feature_layers(config, int(vision["num_hidden_layers"])),
+                layers=used,
                 width=int(vision["hidden_size"]),
                 heads=int(vision["num_attention_heads"]),
                 intermediate=int(vision["intermediate_size"]),
@@ -81,6 +83,7 @@ class Llava(Family):
                 class_tokens=class_tokens,
                 merge=1,
                 grid=(rows, columns),
+                spare=depth - used,
             ),
             decoder=decoder_facts(text, tied=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))),
             visual_grid=(rows, columns),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from tmc_export.core.facts import DecoderFacts, ModelFacts
 from tmc_export.graphs._contract import Attention, Keys
-from tmc_export.plan._weights import projector_widths
+from tmc_export.plan._weights import looks_ahead, projector_widths
 from tmc_export.plan.types import CutPlan, Plan, StagePlan, VisionPlan
 
 __all__ = [
@@ -147,6 +147,7 @@ def vision_stage_flops(vision: VisionPlan) -> int:
             continue
         n = stage.before.tokens
         total += sum(2 * _rows(need, n) * n * width for need in stage.stage.needs if isinstance(need, Attention))
+        total += 4 * n * width**2 if looks_ahead(stage) else 0
         total += selection_flops(stage, width // heads)
     return total
 

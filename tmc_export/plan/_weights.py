@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tmc_export.core.facts import DecoderFacts, ModelFacts
-from tmc_export.plan.types import BlockPlan, Plan
+from tmc_export.graphs._contract import Attention, Keys
+from tmc_export.plan.types import BlockPlan, Plan, StagePlan
 
 __all__ = [
     "LINEARS", "WIDTHS", "WeightBytes", "block_bytes", "cut_bytes", "decoder_linears", "embed_bytes", "encoder_weights", "head_bytes",
-    "layer_bytes", "projector_weights", "projector_widths", "vision_bytes", "weight_bytes",
+    "layer_bytes", "looks_ahead", "projector_weights", "projector_widths", "vision_bytes", "weight_bytes",
 ]  # fmt: skip
 
 WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -124,7 +125,19 @@ def vision_bytes(plan: Plan) -> int:
 
 def _encoder_bytes(plan: Plan) -> int:
     wide = 2 if "encoder" in plan.quantize else WIDTHS[plan.dtype]
-    return encoder_weights(plan.facts) * wide if plan.images else 0
+    return (encoder_weights(plan.facts) + _looked_ahead(plan)) * wide if plan.images else 0
+
+
+def _looked_ahead(plan: Plan) -> int:
+    """Norm, query and key weights of the first encoder layer not in use, where a stage scores with it."""
+    stages = [s for s in plan.vision[0].stages if s.stage.at.part == "encoder" and s.stage.at.layer is None] if plan.vision else []
+    width = plan.facts.encoder.width
+    return 2 * (width * width + width) + 2 * width if any(looks_ahead(s) for s in stages) else 0
+
+
+def looks_ahead(stage: StagePlan) -> bool:
+    """Whether a stage in the encoder asks for the layer to come."""
+    return any(isinstance(n, (Attention, Keys)) and n.layer == "next" for n in stage.stage.needs)
 
 
 def _projector_bytes(plan: Plan) -> int:

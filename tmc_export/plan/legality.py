@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from tmc_export.core.errors import LegalityError
+from tmc_export.core.facts import EncoderFacts
 from tmc_export.graphs._contract import Attention, Features, Keys, Need, TextEmbeds
 from tmc_export.plan._weights import LINEARS
 from tmc_export.plan.memory import Room, build_memory, built_on_device, gib, run_memory, tight_helps
@@ -156,7 +157,7 @@ def check_plan(recipe: Recipe, plan: Plan) -> None:
     """
     for vision in plan.vision:
         for stage in vision.stages:
-            _check_vision_needs(recipe, stage, vision.facts.encoder.class_tokens, vision.facts.encoder.merge)
+            _check_vision_needs(recipe, stage, vision.facts.encoder)
     for cut in plan.cuts:
         for stage in cut.stages:
             _check_cut_needs(recipe, stage)
@@ -179,8 +180,21 @@ def _refuse(recipe: Recipe, stage: StagePlan, need: Need, has: str) -> LegalityE
     )
 
 
-def _check_vision_needs(recipe: Recipe, stage: StagePlan, classes: int, merge: int) -> None:
+def _check_look_ahead(recipe: Recipe, stage: StagePlan, need: Need, encoder: EncoderFacts) -> None:
+    """The layer to come exists before a layer, and behind the last one in use where the checkpoint has more."""
     site = stage.stage.at
+    if encoder.merge > 1:
+        raise _refuse(recipe, stage, need, "an encoder whose tokens are not cut between layers")
+    if site.point is not None or site.part != "encoder":
+        raise _refuse(recipe, stage, need, "no whole layer to come; sites with one are encoder.<l> and encoder")
+    if site.layer is None and not encoder.spare:
+        raise _refuse(
+            recipe, stage, need, f"no layer to come: all {encoder.layers} layers of this checkpoint are in use; ask for the layer before"
+        )
+
+
+def _check_vision_needs(recipe: Recipe, stage: StagePlan, encoder: EncoderFacts) -> None:
+    site, classes, merge = stage.stage.at, encoder.class_tokens, encoder.merge
     for need in stage.stage.needs:
         if site.part == "input":
             raise _refuse(recipe, stage, need, "pixels only: nothing was computed yet")
@@ -189,10 +203,13 @@ def _check_vision_needs(recipe: Recipe, stage: StagePlan, classes: int, merge: i
         if isinstance(need, TextEmbeds):
             raise _refuse(recipe, stage, need, "no prompt: a picture is encoded by itself")
         if isinstance(need, Attention):
-            if need.layer != "previous" or need.rows not in ("cls", "all"):
-                raise _refuse(recipe, stage, need, "class-token rows and column sums of the layer before")
+            if need.rows not in ("cls", "all"):
+                raise _refuse(recipe, stage, need, "class-token rows and column sums")
             if need.rows == "cls" and not classes:
                 raise _refuse(recipe, stage, need, "no class token")
+        if isinstance(need, (Attention, Keys)) and need.layer == "next":
+            _check_look_ahead(recipe, stage, need, encoder)
+            continue
         if site.layer == 0 and site.point is None:
             raise _refuse(recipe, stage, need, "no layer before it; the first site with one is encoder.0.mid or encoder.1")
         if isinstance(need, Features) and need.layer >= 0 and site.layer is not None and need.layer >= site.layer:

@@ -34,6 +34,8 @@ def join_heads(weights: Tensor, need: Attention) -> Tensor:
         return weights.mean(1)
     if need.heads == "max":
         return weights.amax(1)
+    if need.heads == "joined":
+        return weights.squeeze(1)
     return weights.sum(1) if need.heads == "sum" else weights
 
 
@@ -41,7 +43,7 @@ def attention_scores(query: Tensor, key: Tensor, mask: Tensor | None, need: Atte
     """Attention of some query rows over all keys, in float32, joined as a need says.
 
     Args:
-        query: `[b, h, R, d]`, scaled.
+        query: `[b, h, R, d]`, scaled by `d ** -0.5`.
         key: `[b, h, s, d]`, already expanded to the query heads.
         mask: additive, broadcastable to `[b, 1, R, s]`.
         need: which rows and heads.
@@ -51,6 +53,8 @@ def attention_scores(query: Tensor, key: Tensor, mask: Tensor | None, need: Atte
         `[b, s]` for one row or a sum over rows, `[b, R, s]` for several; a head axis after the batch with `heads="none"`.
     """
     logits = query.float() @ key.float().transpose(-1, -2)
+    if need.heads == "joined":  # the products of all heads added up are those of one head h times as wide
+        logits = logits.sum(1, keepdim=True) * query.shape[1] ** -0.5
     if mask is not None:
         logits = logits + mask.float()
     weights = logits if need.logits else logits.softmax(-1)

@@ -59,8 +59,29 @@ class VisionTrace:
         bias = self.key_bias[:, None, None, :]
         return bias if self._mask is None else self._mask + bias
 
+    def look_ahead(self, parts: VisionParts, needs: tuple[Need, ...], layer: int) -> None:
+        """Compute what a stage asked for out of the layer to come (or of the first one that is not in use), and of its attention only."""
+        ahead = [n for n in needs if isinstance(n, (Attention, Keys)) and n.layer == "next"]
+        if not ahead:
+            return
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        def watch(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
+            seen.append((query * scaling, key))
+            return value
+
+        parts.attend(layer, self.tokens, watch)
+        query, key = seen[0]
+        bias = None if self.key_bias is None else self.key_bias[:, None, None, :]
+        for need in ahead:
+            if isinstance(need, Keys):
+                self.captured[need] = key.transpose(1, 2)
+            else:
+                self.captured[need] = attention_scores(query[:, :, :1] if need.rows == "cls" else query, key, bias, need)
+
     def capture(self, needs: tuple[Need, ...], layer: int, place: str) -> None:
         """Compute what a stage asked for out of the layer that ran last."""
+        needs = tuple(n for n in needs if n not in self.captured)
         if any(isinstance(n, (Keys, Attention)) for n in needs) and self._query.shape[0] != self.tokens.shape[0]:
             raise ExportError(f"encoder layer {layer} attends within windows: it has no keys or scores over all tokens for {place}")
         for need in needs:
@@ -136,6 +157,7 @@ class Vision(nn.Module):
         trace.reports += before
         for layer in range(parts.layers):
             for stage in self._at("encoder", layer):
+                trace.look_ahead(parts, stage.stage.needs, layer)
                 trace.capture(stage.stage.needs, layer - 1, str(stage.stage.at))
                 trace.apply(stage)
             trace.tokens = parts.attend(layer, trace.tokens, trace.core)
@@ -145,6 +167,7 @@ class Vision(nn.Module):
             trace.tokens = parts.feed_forward(layer, trace.tokens)
             trace.features[layer] = trace.tokens
         for stage in self._at("encoder", None):
+            trace.look_ahead(parts, stage.stage.needs, parts.layers)
             trace.capture(stage.stage.needs, parts.layers - 1, str(stage.stage.at))
             trace.apply(stage)
         trace.tokens = parts.finish(trace.tokens)

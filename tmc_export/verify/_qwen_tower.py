@@ -153,6 +153,10 @@ class QwenTower:
         logits = torch.einsum("qhd,khd->hqk", query, key).float() * attention.scaling + apart
         return logits.softmax(-1).to(normed.dtype)[None], key[None]
 
+    def products(self, layer: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Not served: every layer of this encoder is in use, and its tokens cannot be cut between them."""
+        raise ExportError(f"the reference does not look ahead into layer {layer} of this encoder; ask for the layer before")
+
     def feed_forward(self, layer: int, tokens: Tensor) -> Tensor:
         """Second half of a block."""
         block = self.visual.blocks[layer]

@@ -13,6 +13,7 @@ from torch import Tensor
 from tmc_export.core.errors import ExportError
 from tmc_export.graphs._contract import Attention, Context, Features, Keys, Need
 from tmc_export.plan.types import StagePlan, VisionPlan
+from tmc_export.verify._ahead import from_products, keys_ahead
 from tmc_export.verify._apply import apply_stage, from_weights
 from tmc_export.verify._towers import Tower
 from tmc_export.verify._trace import StageTrace
@@ -30,6 +31,7 @@ class Seen:
         valid: `[1, n]`.
         key_bias: `[1, n]`, added to the attention logits of these keys.
         weights, keys, features: of the layer that ran last; features of all layers.
+        entered: that layer's number, what entered it, `[1, n, c]`, and the key bias it ran with.
         states: entry → what its last stage left for the next.
         traces: the stages that ran.
     """
@@ -40,6 +42,7 @@ class Seen:
     key_bias: Tensor | None = None
     weights: Tensor | None = None
     keys: Tensor | None = None
+    entered: tuple[int, Tensor, Tensor | None] | None = None
     features: list[Tensor] = field(default_factory=list)
     states: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     traces: list[StageTrace] = field(default_factory=list)
@@ -60,7 +63,7 @@ def see(tower: Tower, plan: VisionPlan, pixels: Tensor, picture: int, noise: flo
         for stage in plan.stages:
             at = stage.stage.at
             if (at.part, at.layer, at.point) == (part, layer, point):
-                _run(stage, plan, seen, picture, noise)
+                _run(stage, plan, tower, seen, picture, noise)
 
     seen = _fresh(tower.raster(pixels, plan).flatten(2).transpose(1, 2))
     run("input")
@@ -70,6 +73,7 @@ def see(tower: Tower, plan: VisionPlan, pixels: Tensor, picture: int, noise: flo
     seen = replace(_fresh(tower.embed(pixels, plan)), traces=seen.traces)
     for layer in range(tower.layers):
         run("encoder", layer)
+        seen.entered = (layer, seen.tokens, seen.key_bias)
         seen.tokens, seen.weights, seen.keys = tower.attend(layer, seen.tokens, seen.key_bias)
         run("encoder", layer, "mid")
         seen.tokens = tower.feed_forward(layer, seen.tokens)
@@ -102,14 +106,14 @@ def _class_tokens(plan: VisionPlan) -> int:
     return inside[-1].after.class_tokens if inside else plan.facts.encoder.class_tokens
 
 
-def _run(stage: StagePlan, plan: VisionPlan, seen: Seen, picture: int, noise: float) -> None:
+def _run(stage: StagePlan, plan: VisionPlan, tower: Tower, seen: Seen, picture: int, noise: float) -> None:
     """Apply one stage and move along what is the framework's."""
     context = Context(
         layout=stage.before,
         facts=plan.facts,
         valid=seen.valid,
         source=seen.source,
-        captured={n: _capture(n, seen, str(stage.stage.at)) for n in stage.stage.needs},
+        captured={n: _capture(n, tower, seen, stage) for n in stage.stage.needs},
         state=seen.states.get(stage.entry, {}),
     )
     applied = apply_stage(stage, seen.tokens, context, picture, noise)
@@ -124,19 +128,27 @@ def _run(stage: StagePlan, plan: VisionPlan, seen: Seen, picture: int, noise: fl
     seen.traces.append(applied.trace)
 
 
-def _capture(need: Need, seen: Seen, place: str) -> Tensor:
-    """Take what a stage asks for out of the layer that ran last.
+def _capture(need: Need, tower: Tower, seen: Seen, stage: StagePlan) -> Tensor:
+    """Take what a stage asks for out of the layer that ran last, or of the one to come.
 
     Raises:
         ExportError: nothing ran before this place, a stage cut in between, or the need is not served in an encoder.
     """
+    place = str(stage.stage.at)
     if isinstance(need, Features) and seen.features:
         return seen.features[need.layer]
+    if isinstance(need, (Attention, Keys)) and need.layer == "next":
+        layer = tower.layers if stage.stage.at.layer is None else stage.stage.at.layer
+        if isinstance(need, Keys):
+            return keys_ahead(tower, layer, seen.tokens, need)
+        return from_products(tower, layer, seen.tokens, seen.key_bias, need, place)
     found = seen.keys if isinstance(need, Keys) else seen.weights
     if found is None or found.shape[-1 if isinstance(need, Attention) else 1] != seen.tokens.shape[1]:
         raise ExportError(f"the reference has nothing to give for {need} at {place}: no layer ran since the last cut")
     if isinstance(need, Keys):
         return found
-    if isinstance(need, Attention) and need.layer == "previous":
+    if isinstance(need, Attention) and (need.logits or need.heads == "joined") and seen.entered is not None:
+        return from_products(tower, *seen.entered, need, place)
+    if isinstance(need, Attention):
         return from_weights(found, need, place)
     raise ExportError(f"the reference does not capture {need} at {place}")

@@ -47,6 +47,10 @@ class Tower(Protocol):
         """First half of a layer, residual included, its attention weights `[b, h, n, n]` and its keys `[b, n, h, d]`."""
         ...
 
+    def products(self, layer: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """What a layer's attention computes of these tokens: scaled products `[1, h, n, n]` before any bias, and keys `[1, n, h, d]`."""
+        ...
+
     def feed_forward(self, layer: int, tokens: Tensor) -> Tensor:
         """Second half of a layer, residual included."""
         ...
@@ -106,6 +110,13 @@ class _ClipTower:
         out, weights = block.self_attn(hidden_states=normed, attention_mask=bias)
         keys = block.self_attn.k_proj(normed).unflatten(-1, (-1, block.self_attn.head_dim))
         return tokens + out, weights, keys
+
+    def products(self, layer: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        block = self.vision.encoder.layers[layer]
+        normed, attention = block.layer_norm1(tokens), block.self_attn
+        query = attention.q_proj(normed).unflatten(-1, (-1, attention.head_dim))
+        key = attention.k_proj(normed).unflatten(-1, (-1, attention.head_dim))
+        return torch.einsum("bqhd,bkhd->bhqk", query, key).float() * attention.scale, key
 
     def feed_forward(self, layer: int, tokens: Tensor) -> Tensor:
         block = self.vision.encoder.layers[layer]
