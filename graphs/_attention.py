@@ -91,7 +91,7 @@ def attend(
     q, k, v = _split(query, heads), _split(key, kv), _split(value, kv)
     if kv != heads:
         k, v = (t.unsqueeze(2).expand(-1, -1, heads // kv, -1, -1).flatten(1, 2) for t in (k, v))
-    logits = (q @ k.transpose(2, 3)).float() * q.shape[3] ** -0.5
+    logits = ((q * q.shape[3] ** -0.5) @ k.transpose(2, 3)).float()
     if visible is not None:
         seen = visible.reshape(visible.shape[0], 1, -1, visible.shape[-1])
         logits = torch.where(seen, logits, torch.full_like(logits, _UNSEEN))

@@ -164,7 +164,7 @@ def _asked(patches: Tensor, valid: Tensor, context: Context, config: LlamaVid.Co
     need, weights = _need(config), context.weights
     if isinstance(need, TextTower):
         text = context.captured[need].unsqueeze(1)
-        asking = torch.ones_like(text[:, :, 0])
+        asking = torch.ones_like(text[:, :, 0], dtype=torch.float32)
     elif context.text is None or context.text_valid is None:
         raise ValueError("llama_vid at projector.replace got no text embeddings (0 of 1 need met); capture TextEmbeds")
     else:
