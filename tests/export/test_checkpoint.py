@@ -134,5 +134,5 @@ def test_opening_reads_no_tensor(llava: Path, monkeypatch: pytest.MonkeyPatch) -
     def never(*_: object) -> None:
         raise AssertionError("a tensor was read")
 
-    monkeypatch.setattr(module, "_read_raw", never)
+    monkeypatch.setattr(module, "read_raw", never)
     opened(llava)

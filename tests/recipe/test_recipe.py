@@ -140,6 +140,21 @@ def test_the_model_folder(file: str) -> None:
     assert load_recipe(file, [f"model.source={Path.cwd()}"]).model_folder() == Path.cwd()
 
 
+def test_learned_weights_are_found_as_model_folders_are(file: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    said = "compress.1.weights={file: ../w.safetensors, prefix: mm.}"
+    monkeypatch.chdir(ROOT)
+    recipe = load_recipe(tmp_path / file, [said])
+    assert recipe.weights_file(0) is None and recipe.weights_file(1) == tmp_path.parent / "w.safetensors"
+    assert recipe.moved_to(ROOT / "recipes").weights_file(1) == ROOT / "w.safetensors"
+    assert (
+        load_recipe(tmp_path / file, [f"compress.1.weights={{file: {tmp_path}/w.safetensors}}"]).weights_file(1)
+        == tmp_path / "w.safetensors"
+    )
+    random = load_recipe(tmp_path / file, ["compress.1.weights={random: 3}"])
+    assert random.weights_file(1) is None and random.compress[1].weights is not None and random.compress[1].weights.random == 3
+    assert Recipe.model_validate_json(random.canonical_json()).canonical_json() == random.canonical_json()
+
+
 def test_a_device_file_is_relative_to_the_recipe(file: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     Path("mine.yaml").write_text((ROOT / "devices" / "cpu.yaml").read_text(encoding="utf-8"), encoding="utf-8")
     monkeypatch.chdir(ROOT)
@@ -175,6 +190,9 @@ def test_the_schema_knows_every_key() -> None:
     assert list(schema["properties"]) == ["recipe", "name", "model", "inputs", "compress", "quantize", "target"]
     assert schema["additionalProperties"] is False
     assert schema["$defs"]["QuantizePart"]["properties"]["weights"]["enum"] == ["fp16", "int4"]
+    weights = schema["$defs"]["WeightsSource"]
+    assert list(weights["properties"]) == ["file", "prefix", "random"] and weights["additionalProperties"] is False
+    assert [way["required"] for way in weights["oneOf"]] == [["file"], ["random"]]
     assert set(schema["required"]) == {"recipe", "name", "model", "inputs"}
 
 

@@ -23,11 +23,16 @@ _PROJECTORS = frozenset({"projector", "multi_modal_projector", "merger", "connec
 
 
 def _is_projector(name: str) -> bool:
-    return not _PROJECTORS.isdisjoint(name.split("."))
+    return not _PROJECTORS.isdisjoint(name.split(".")) and not _is_learned(name)
+
+
+def _is_learned(name: str) -> bool:
+    """Weights of a method keep the plan's dtype: no scheme of the model's parts is theirs."""
+    return name.startswith("learned.")
 
 
 _PARTS: Mapping[GraphKind, Mapping[str, Callable[[str], bool]]] = {
-    "vision": {"encoder": lambda n: not _is_projector(n), "projector": _is_projector},
+    "vision": {"encoder": lambda n: not _is_projector(n) and not _is_learned(n), "projector": _is_projector},
     "embed": {"head": lambda _: True},
     "block": {"decoder": lambda n: n.startswith("layers."), "head": lambda n: n.startswith("head.")},
     "compress": {},

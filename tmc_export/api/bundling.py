@@ -82,8 +82,11 @@ def build_bundle(
     report = report_plan(loaded, files, device)
     plan = report.plan
     checkpoint = _fingerprint(folder)
+    learned = _learned_files(loaded)
     want_engines = loaded.target.runtime == "tensorrt-rtx" if engines is None else engines
-    key = _key([loaded.canonical_json(), plan_json(plan), device.model_dump(mode="json"), checkpoint, record, want_engines])
+    key = _key(
+        [loaded.canonical_json(), plan_json(plan), device.model_dump(mode="json"), checkpoint, _stamps(learned), record, want_engines]
+    )
     if not force and (found := _cached(target, key)) is not None:
         return BuildResult(target, found, cached=True)
     _check_text_files(folder)
@@ -107,6 +110,7 @@ def build_bundle(
             recipe=loaded.model_dump(mode="json"),
             plan=plan_json(plan),
             checkpoint={name: hash_file(folder / name) for name in sorted(checkpoint)},
+            weights={name: hash_file(path) for name, path in learned.items()},
             versions=_versions(),
             program=exported.program,
             proofs=prove(work, device, loaded, want_engines, progress),
@@ -146,6 +150,20 @@ def _fingerprint(folder: Path) -> dict[str, tuple[int, int]]:
     """File → (size, mtime) of everything a build reads; cheap enough for every start."""
     names = [p for pattern in ("*.safetensors", "*.json", "*.jinja") for p in folder.glob(pattern)]
     return {p.name: (p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(names)}
+
+
+def _learned_files(recipe: Recipe) -> dict[str, Path]:
+    """Files of learned method weights: as the recipe writes them → on this machine."""
+    found: dict[str, Path] = {}
+    for index, entry in enumerate(recipe.compress):
+        path = recipe.weights_file(index)
+        if path is not None and entry.weights is not None and entry.weights.file is not None:
+            found[entry.weights.file] = path
+    return found
+
+
+def _stamps(files: dict[str, Path]) -> dict[str, tuple[int, int]]:
+    return {name: (path.stat().st_size, path.stat().st_mtime_ns) for name, path in sorted(files.items())}
 
 
 def _key(inputs: list[Any]) -> str:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from tmc_export.api._schemes import GraphKind, PartSchemes
 from tmc_export.bundle.program import BlockProgram, CutProgram, GraphPhase, PhaseName, Program, VisionProgram
 from tmc_export.export.capture import capture
-from tmc_export.export.checkpoint import Checkpoint, open_checkpoint
+from tmc_export.export.checkpoint import Checkpoint, TensorSource, open_checkpoint
+from tmc_export.export.learned import LearnedSource
 from tmc_export.export.skeleton import make_skeleton
 from tmc_export.export.store import WeightStore
 from tmc_export.families import FAMILIES
@@ -25,6 +26,7 @@ from tmc_export.surgery.attention import register_attention
 from tmc_export.surgery.block import DecoderBlock
 from tmc_export.surgery.cut import Cut
 from tmc_export.surgery.embed import Embed
+from tmc_export.surgery.learned import Learned
 from tmc_export.surgery.vision import Vision
 
 __all__ = ["Exported", "export_subgraphs"]
@@ -65,7 +67,7 @@ class _Exporter:
     ) -> ir.Model:
         model = capture(
             module, inputs, input_names=names[0], output_names=names[1], symbols=symbols, model=self.model,
-            checkpoint=self.checkpoint, opset=self.opset,
+            checkpoint=self.checkpoint, learned=_learned(module), opset=self.opset,
         )  # fmt: skip
         return clean(model)
 
@@ -85,7 +87,7 @@ class _Exporter:
         name = f"vision_{plan.index}"
         self.progress(name)
         rule = self.family.image_rule(self.files, plan.size, self.fit)
-        module = Vision(self.family.vision(self.model, plan.size, plan.grid), plan)
+        module = Vision(self.family.vision(self.model, plan.size, plan.grid), plan, self.dtype)
         pixels = torch.zeros(self.plan.batch, *rule.shape, dtype=self.dtype)
         model = self._trace(module, [pixels], (["pixels"], module.output_names()), [None])
         file = self._save(model, name, {}, "vision", "vision.data")
@@ -195,7 +197,7 @@ class _Exporter:
     def cut(self, plan: CutPlan) -> CutProgram:
         name = f"compress_{plan.before_block}"
         self.progress(name)
-        module = Cut(self.parts, plan, self.plan.images, self.plan.facts, self.plan.windows)
+        module = Cut(self.parts, plan, self.plan.images, self.plan.facts, self.plan.windows, self.dtype)
         inputs = self._cut_inputs(module, plan)
         names = (module.input_names(), module.output_names())
         model = self._trace(module, inputs, names, [None] * len(inputs))
@@ -230,6 +232,16 @@ class _Exporter:
                 torch.zeros(b, c, dtype=long), torch.ones(b, c, dtype=flag), torch.zeros(b, d.kv_heads, c, d.head_dim, dtype=self.dtype),
             ]  # fmt: skip
         return inputs
+
+
+def _learned(module: nn.Module) -> dict[str, tuple[TensorSource, str]]:
+    """Where the learned parameters of a subgraph are read, by their name in it."""
+    found: dict[str, tuple[TensorSource, str]] = {}
+    for place, child in module.named_children():
+        for local, weights, name in child.sources() if isinstance(child, Learned) else ():
+            source = LearnedSource(weights.shapes, weights.path, weights.prefix, weights.random or 0)
+            found[f"{place}.{local}"] = source, name
+    return found
 
 
 def export_subgraphs(

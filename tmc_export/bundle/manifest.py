@@ -31,6 +31,7 @@ class Manifest(BaseModel):
         key: hash of everything that went in (recipe, plan, checkpoint, versions); an equal key is a cache hit.
         recipe, plan: as JSON.
         checkpoint: file → sha256 of the model's files that went in.
+        weights: file of learned method weights, as the recipe writes it → its sha256.
         versions: tool → version.
         program: what the runtime follows.
         proofs: rung → "passed", "failed" or "not run: …".
@@ -45,6 +46,7 @@ class Manifest(BaseModel):
     recipe: dict[str, JsonValue]
     plan: dict[str, JsonValue]
     checkpoint: dict[str, str]
+    weights: dict[str, str] = Field(default_factory=dict)
     versions: dict[str, str]
     program: Program
     proofs: dict[str, str] = Field(default_factory=dict)

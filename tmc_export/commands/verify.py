@@ -10,8 +10,9 @@ __all__ = ["command"]
 @click.command()
 @click.argument("bundle", type=click.Path())
 @click.option("--model", type=click.Path(), help="The checkpoint's folder: climb the full ladder (needs the extra 'export').")
+@click.option("--recipe-folder", type=click.Path(), help="With --model: where the recipe's relative paths start (learned weights).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
-def command(bundle: str, model: str | None, as_json: bool) -> None:
+def command(bundle: str, model: str | None, recipe_folder: str | None, as_json: bool) -> None:
     """Check the hashes of BUNDLE and play its recorded conversations; no torch, no checkpoint.
 
     With --model every subgraph, and the bundle as a whole, is compared with the model itself. A rung that cannot run says so. Exit code 4
@@ -32,6 +33,6 @@ def command(bundle: str, model: str | None, as_json: bool) -> None:
     else:
         for package in ("torch", "transformers"):
             require(package, extra="export", purpose="verify against a checkpoint")
-        ladder = climb(Path(bundle), Path(model), say)
+        ladder = climb(Path(bundle), Path(model), say, recipe_folder=None if recipe_folder is None else Path(recipe_folder))
     click.echo(json.dumps(ladder.to_json(), indent=2) if as_json else ladder.text())
     ladder.raise_if_failed()

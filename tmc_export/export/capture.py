@@ -11,6 +11,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -21,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from tmc_export.core.errors import ExportError, TmcError
-from tmc_export.export.checkpoint import Checkpoint
+from tmc_export.export.checkpoint import TensorSource
 from tmc_export.export.tensors import CheckpointTensor
 
 __all__ = ["OPSET", "capture"]
@@ -73,19 +74,21 @@ def capture(
     output_names: Sequence[str],
     symbols: Sequence[Mapping[int, str] | None],
     model: nn.Module,
-    checkpoint: Checkpoint,
+    checkpoint: TensorSource,
+    learned: Mapping[str, tuple[TensorSource, str]] | None = None,
     opset: int = OPSET,
 ) -> ir.Model:
     """Trace a module.
 
     Args:
-        module: its forward takes `inputs` in order; parameters belong to `model` and lie on the meta device.
+        module: its forward takes `inputs` in order; parameters belong to `model` (or are `learned`) and lie on the meta device.
         inputs: small real examples; only shapes and dtypes count.
         input_names: names of the inputs in the graph.
         output_names: names of the outputs in the graph.
         symbols: per input, axis → name of its symbolic dimension.
         model: the whole model, whose state-dict names the initializers are bound to.
         checkpoint: where they are read.
+        learned: further parameters of `module`, by their name in it: where each is read, and its name there.
         opset: of the graph; at least 18.
 
     Returns:
@@ -95,7 +98,10 @@ def capture(
         ExportError: the module cannot be traced.
     """
     names = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
-    local = {name: (names[id(p)], p.dtype) for name, p in module.named_parameters(remove_duplicate=False)}
+    local: dict[str, _Bound] = {}
+    for name, p in module.named_parameters(remove_duplicate=False):
+        source, key = (learned or {}).get(name) or (checkpoint, names[id(p)])
+        local[name] = _Bound(source, key, p.dtype)
     dims = {s: torch.export.Dim(s, min=1, max=1 << 17) for axes in symbols if axes for s in axes.values()}
     specs = [None if not axes else {axis: dims[s] for axis, s in axes.items()} for axes in symbols]
     mode = FakeTensorMode(shape_env=ShapeEnv(tracked_fakes=[], trace_asserts=True), allow_non_fake_inputs=True, export=True)
@@ -121,7 +127,7 @@ def capture(
     if exported is None:
         raise ExportError(f"{type(module).__name__}: the exporter returned no program")
     graph_model = exported.model
-    _bind(graph_model, local, checkpoint)
+    _bind(graph_model, local)
     _rename_symbols(graph_model, symbols)
     _strip(graph_model)
     return graph_model
@@ -138,8 +144,17 @@ def _nested(module: nn.Module, specs: list[Any]) -> tuple[Any, ...]:
     return tuple(specs)
 
 
-def _bind(model: ir.Model, local: Mapping[str, tuple[str, torch.dtype]], checkpoint: Checkpoint) -> None:
-    """Give every initializer that is a fake tensor its place in the checkpoint, and drop what no node reads."""
+@dataclass(frozen=True)
+class _Bound:
+    """What a parameter of the traced module is bound to: a source, its name there, and the dtype it is wanted in."""
+
+    source: TensorSource
+    key: str
+    dtype: torch.dtype
+
+
+def _bind(model: ir.Model, local: Mapping[str, _Bound]) -> None:
+    """Give every initializer that is a fake tensor its place in its source, and drop what no node reads."""
     for name, value in list(model.graph.initializers.items()):
         raw = getattr(value.const_value, "raw", None)
         if not value.uses() and not value.is_graph_output():
@@ -147,8 +162,8 @@ def _bind(model: ir.Model, local: Mapping[str, tuple[str, torch.dtype]], checkpo
         elif isinstance(raw, FakeTensor):
             if name not in local:
                 raise ExportError(f"initializer '{name}' of the traced graph is no parameter of the module")
-            key, dtype = local[name]
-            value.const_value = CheckpointTensor(checkpoint, key, dtype, checkpoint.shapes[key], name=name)
+            bound = local[name]
+            value.const_value = CheckpointTensor(bound.source, bound.key, bound.dtype, bound.source.shapes[bound.key], name=name)
 
 
 def _rename_symbols(model: ir.Model, symbols: Sequence[Mapping[int, str] | None]) -> None:

@@ -11,14 +11,31 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from tmc_export.core.errors import ModelError
 
-__all__ = ["Checkpoint", "open_checkpoint"]
+__all__ = ["Checkpoint", "TensorSource", "narrow", "open_checkpoint", "read_raw", "wrong_shape"]
+
+
+class TensorSource(Protocol):
+    """Where tensors are read by name, one at a time: a checkpoint, or the learned weights of a method."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Name → shape of every tensor."""
+        ...
+
+    def identity(self, name: str) -> str:
+        """Say which bytes a tensor has; equal identities mean equal bytes."""
+        ...
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Read one tensor as `dtype`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -58,18 +75,32 @@ class Checkpoint:
             ModelError: the file is damaged, the shape differs, or a value overflows `dtype`.
         """
         source = self.sources[name]
-        parts = [_read_raw(path, key) for path, key in source.parts]
+        parts = [read_raw(path, key) for path, key in source.parts]
         tensor = parts[0] if source.converter is None else _convert(source, parts, name)
         if tuple(tensor.shape) != self.shapes[name]:
-            raise _other_shape(*source.parts[0], tuple(tensor.shape), self.shapes[name])
-        if dtype == torch.float16 and tensor.dtype != torch.float16:
-            peak = float(tensor.abs().max()) if tensor.numel() else 0.0
-            if not peak <= torch.finfo(torch.float16).max:
-                raise ModelError(f"tensor '{name}' holds {peak:g}, above float16's 65504; build with model.dtype: float32")
-        return tensor.to(dtype)
+            raise wrong_shape(*source.parts[0], tuple(tensor.shape), self.shapes[name])
+        return narrow(tensor, name, dtype)
 
 
-def _read_raw(path: Path, key: str) -> Tensor:
+def narrow(tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    """Bring a tensor to the plan's dtype.
+
+    Raises:
+        ModelError: it holds a value that float16 cannot.
+    """
+    if dtype == torch.float16 and tensor.dtype != torch.float16:
+        peak = float(tensor.abs().max()) if tensor.numel() else 0.0
+        if not peak <= torch.finfo(torch.float16).max:
+            raise ModelError(f"tensor '{name}' holds {peak:g}, above float16's 65504; build with model.dtype: float32")
+    return tensor.to(dtype)
+
+
+def read_raw(path: Path, key: str) -> Tensor:
+    """Read one tensor as it is stored.
+
+    Raises:
+        ModelError: the file is damaged, or has no such tensor.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -184,10 +215,11 @@ def _check_headers(sources: Mapping[str, _Source], shapes: Mapping[str, tuple[in
             if key not in held:
                 raise ModelError(f"{path} lacks the tensor '{key}' that the index puts there; fetch the model again")
             if whole is not None and held[key] != shapes[whole]:
-                raise _other_shape(path, key, held[key], shapes[whole])
+                raise wrong_shape(path, key, held[key], shapes[whole])
 
 
-def _other_shape(path: Path, key: str, held: tuple[int, ...], expected: tuple[int, ...]) -> ModelError:
+def wrong_shape(path: Path, key: str, held: tuple[int, ...], expected: tuple[int, ...]) -> ModelError:
+    """Return the error of a tensor of another shape than the model or the method expects."""
     return ModelError(
         f"{path}: tensor '{key}' has shape {list(held)}, the model expects {list(expected)}; config.json and weights do not belong together"
     )

@@ -7,7 +7,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from tmc_export.export.checkpoint import Checkpoint
+from tmc_export.export.checkpoint import TensorSource
 from tmc_export.export.lazy_tensors import KeyedTensor
 
 __all__ = ["CheckpointTensor", "numpy_of"]
@@ -32,9 +32,9 @@ def numpy_of(tensor: torch.Tensor) -> Any:
 
 
 class CheckpointTensor(KeyedTensor):
-    """One tensor of a checkpoint, under its state-dict name in the model."""
+    """One tensor of a checkpoint, under its state-dict name in the model, or of a method's learned weights, under the method's name."""
 
-    def __init__(self, checkpoint: Checkpoint, key: str, dtype: torch.dtype, shape: tuple[int, ...], *, name: str) -> None:
+    def __init__(self, checkpoint: TensorSource, key: str, dtype: torch.dtype, shape: tuple[int, ...], *, name: str) -> None:
         def load() -> ir.TensorProtocol:
             return ir.Tensor(numpy_of(checkpoint.read(key, dtype)), dtype=_IR_DTYPES[dtype], name=name)
 

@@ -82,6 +82,10 @@ class VisionParts(Protocol):
         """What the model applies between the last layer in use and the projector (a final norm, or nothing): `[b, n, c]`."""
         ...
 
+    def in_raster(self, tokens: Tensor) -> Tensor:
+        """All patches `[b, n, c]` in the encoder's own order → row by row, for a method that replaces the projector."""
+        ...
+
     def project(self, tokens: Tensor) -> Tensor:
         """The projector, class tokens already dropped: `[b, n, c]` → `[b, n', c']`."""
         ...

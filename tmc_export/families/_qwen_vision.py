@@ -227,6 +227,14 @@ class QwenVision:
         """The merger has the norm: nothing here."""
         return tokens
 
+    def in_raster(self, tokens: Tensor) -> Tensor:
+        """Put units back in their order, and the patches of each in its rows and columns: `[b, n, c]` → `[b, n, c]`."""
+        if self._windows is not None:
+            tokens = self._units(tokens, self._windows.restore)
+        (rows, columns), side = self._grid, self._merge
+        blocks = tokens.reshape(tokens.shape[0], rows // side, columns // side, side, side, -1)
+        return blocks.transpose(2, 3).reshape(tokens.shape)
+
     def project(self, tokens: Tensor) -> Tensor:
         """Merge units and put them back in raster order: `[b, n, c]` → `[b, u, c']`."""
         batch = tokens.shape[0]

@@ -144,6 +144,10 @@ class _LlavaVision(ClipLikeEncoder):
         """LLaVA takes the features of a layer as they are: no norm."""
         return tokens
 
+    def in_raster(self, tokens: Tensor) -> Tensor:
+        """The tower's patches stand row by row."""
+        return tokens
+
     def project(self, tokens: Tensor) -> Tensor:
         """Linear, activation, linear: `[b, n, c]` → `[b, n, c']`."""
         projected: Tensor = self.projector(tokens)

@@ -2,7 +2,8 @@
 
 Norms, activations and softmax are left out (below 1 %). Of a selector the score side path and the comparisons of the reassembly are
 counted; matching and merging of candidates by keys as one product of what arrives with what leaves. What a method does beyond that
-(TokenCarve's decomposition) is not.
+(TokenCarve's decomposition) is not. Learned weights count as matrices, every one multiplied with every token that arrives (or leaves,
+where those are more): an estimate, too high for queries that are fewer than the tokens.
 
 Legend: T new tokens, s keys that they see, n tokens in the encoder.
 """
@@ -24,6 +25,8 @@ __all__ = [
     "decoder_layer_flops",
     "encoder_flops",
     "head_flops",
+    "learned_flops",
+    "projection_flops",
     "projector_flops",
     "vision_stage_flops",
     "vision_tokens",
@@ -87,6 +90,18 @@ def projector_flops(facts: ModelFacts, projected: int) -> int:
     return 2 * (projected // facts.encoder.merge**2) * (into * inner + inner * out)
 
 
+def learned_flops(stage: StagePlan) -> int:
+    """An estimate of what learned weights cost for one picture: 2 · tokens · numbers in matrices, counted with the entry's first stage."""
+    if stage.weights is None or stage.stage.index:
+        return 0
+    return 2 * max(stage.before.tokens, stage.after.tokens) * stage.weights.matrix_elements
+
+
+def projection_flops(vision: VisionPlan, projected: int) -> int:
+    """The family's projector, or the method that replaces it."""
+    return projector_flops(vision.facts, projected) if vision.replacing is None else learned_flops(vision.replacing)
+
+
 def decoder_layer_flops(d: DecoderFacts, new: int, keys: int) -> int:
     """One layer for T new tokens over s keys: projections, scores and values, and a gated feed-forward part of three linears.
 
@@ -109,7 +124,7 @@ class CutFlops:
     Attributes:
         scores: the side path: query rows against the keys, per need.
         duplicated: query and key projections of the next layer, computed once more.
-        selection: comparisons, matching and merging.
+        selection: comparisons, matching and merging, and learned weights.
     """
 
     scores: int
@@ -133,9 +148,8 @@ def cut_flops(plan: Plan, cut: CutPlan) -> CutFlops:
     )
     duplicated = 2 * cut.tokens_in * d.width * (query + d.kv_heads * d.head_dim) if following else 0
     joining = cut.tokens_in * cut.tokens_out + cut.tokens_out * cut.visual_out
-    return CutFlops(
-        scores, duplicated, joining + sum(selection_flops(s, d.head_dim) * (plan.images if s.scope == "image" else 1) for s in cut.stages)
-    )
+    each = [(selection_flops(s, d.head_dim) + learned_flops(s)) * (plan.images if s.scope == "image" else 1) for s in cut.stages]
+    return CutFlops(scores, duplicated, joining + sum(each))
 
 
 def vision_stage_flops(vision: VisionPlan) -> int:
@@ -149,6 +163,7 @@ def vision_stage_flops(vision: VisionPlan) -> int:
         total += sum(2 * _rows(need, n) * n * width for need in stage.stage.needs if isinstance(need, Attention))
         total += 4 * n * width**2 if looks_ahead(stage) else 0
         total += selection_flops(stage, width // heads)
+        total += learned_flops(stage) if stage is not vision.replacing else 0
     return total
 
 

@@ -14,7 +14,7 @@ from tmc_export.plan._flops import (
     decoder_layer_flops,
     encoder_flops,
     head_flops,
-    projector_flops,
+    projection_flops,
     vision_stage_flops,
     vision_tokens,
 )
@@ -65,7 +65,7 @@ def vision_launch(plan: Plan, vision: VisionPlan, tokens: VisionTokens | None = 
     """Encode one picture; `tokens` and `leaving` replace what the plan says, for what-if questions."""
     inside = tokens or vision_tokens(vision)
     facts, out = vision.facts, vision.tokens if leaving is None else leaving
-    flops = encoder_flops(facts, inside.layers) + projector_flops(facts, inside.projected) + vision_stage_flops(vision)
+    flops = encoder_flops(facts, inside.layers) + projection_flops(vision, inside.projected) + vision_stage_flops(vision)
     pixels = 3 * facts.encoder.grid[0] * facts.encoder.grid[1] * facts.encoder.patch**2 * WIDTHS[plan.dtype]
     return Launch(f"vision_{vision.index}", "encoder", plan.images, flops, vision_bytes(plan) + pixels + _hidden(plan, out))
 

@@ -2,11 +2,12 @@
 
 Biases of the decoder are left out (none in Llama and Mistral; below 0.1 % in Qwen2). A projector is taken as two linears: LLaVA's, whose
 inner width is the decoder's, or a merger's, whose inner width is that of the joined patches. An encoder's feed-forward part is taken as
-two linears.
+two linears. A method's learned weights are counted by the shapes that it declares, once per recipe entry, with its first stage.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +17,7 @@ from tmc_export.plan.types import BlockPlan, Plan, StagePlan
 
 __all__ = [
     "LINEARS", "WIDTHS", "WeightBytes", "block_bytes", "cut_bytes", "decoder_linears", "embed_bytes", "encoder_weights", "head_bytes",
-    "layer_bytes", "looks_ahead", "projector_weights", "projector_widths", "vision_bytes", "weight_bytes",
+    "layer_bytes", "learned_bytes", "looks_ahead", "projector_weights", "projector_widths", "vision_bytes", "weight_bytes",
 ]  # fmt: skip
 
 WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -40,6 +41,7 @@ class WeightBytes:
         decoder: the layers and the final norm.
         head: the output head; 0 when it is the token table.
         cuts: query and key weights that cuts hold once more (`Attention(layer="next")`).
+        methods: learned weights of methods.
     """
 
     encoder: int
@@ -48,11 +50,12 @@ class WeightBytes:
     decoder: int
     head: int
     cuts: int
+    methods: int = 0
 
     @property
     def total(self) -> int:
         """All parts, the token table once."""
-        return self.encoder + self.projector + self.embed + self.decoder + self.head + self.cuts
+        return self.encoder + self.projector + self.embed + self.decoder + self.head + self.cuts + self.methods
 
 
 def encoder_weights(facts: ModelFacts) -> int:
@@ -119,8 +122,17 @@ def embed_bytes(plan: Plan) -> int:
 
 
 def vision_bytes(plan: Plan) -> int:
-    """Bytes of encoder and projector as one vision graph holds them."""
-    return _encoder_bytes(plan) + _projector_bytes(plan)
+    """Bytes of encoder and projector (or what replaces it) as one vision graph holds them, and of what its methods have learned."""
+    return _encoder_bytes(plan) + _projector_bytes(plan) + _learned_in_vision(plan)
+
+
+def learned_bytes(plan: Plan, stages: Sequence[StagePlan]) -> int:
+    """Bytes of the learned weights that belong to some stages: an entry's, with its first stage."""
+    return sum(s.weights.elements * WIDTHS[plan.dtype] for s in stages if s.weights is not None and s.stage.index == 0)
+
+
+def _learned_in_vision(plan: Plan) -> int:
+    return learned_bytes(plan, plan.vision[0].stages) if plan.vision else 0
 
 
 def _encoder_bytes(plan: Plan) -> int:
@@ -142,11 +154,16 @@ def looks_ahead(stage: StagePlan) -> bool:
 
 def _projector_bytes(plan: Plan) -> int:
     wide = 2 if "projector" in plan.quantize else WIDTHS[plan.dtype]
-    return projector_weights(plan.facts) * wide if plan.images else 0
+    own = plan.images and not any(v.replacing for v in plan.vision)
+    return projector_weights(plan.facts) * wide if own else 0
 
 
 def cut_bytes(plan: Plan, index: int) -> int:
-    """Bytes of the norm, query and key weights that one cut holds a second time; 0 unless it scores with the layer after it."""
+    """Bytes of what one cut holds: learned weights, and norm, query and key of the layer after it where it scores with that."""
+    return _duplicated_bytes(plan, index) + learned_bytes(plan, plan.cuts[index].stages)
+
+
+def _duplicated_bytes(plan: Plan, index: int) -> int:
     if not plan.cuts[index].attention("next"):
         return 0
     d = plan.facts.decoder
@@ -162,5 +179,6 @@ def weight_bytes(plan: Plan) -> WeightBytes:
         embed=embed_bytes(plan),
         decoder=sum(layer_bytes(plan, layer) for layer in range(d.layers)) + d.width * WIDTHS[plan.dtype],
         head=0 if d.tied else head_bytes(plan),
-        cuts=sum(cut_bytes(plan, index) for index in range(len(plan.cuts))),
+        cuts=sum(_duplicated_bytes(plan, index) for index in range(len(plan.cuts))),
+        methods=_learned_in_vision(plan) + sum(learned_bytes(plan, cut.stages) for cut in plan.cuts),
     )

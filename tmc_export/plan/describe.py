@@ -26,7 +26,12 @@ def _plain(value: object) -> object:
 
 def plan_json(plan: Plan) -> dict[str, JsonValue]:
     """Return a plan as JSON data; configurations and budgets are written as in a recipe."""
-    result: dict[str, JsonValue] = json.loads(json.dumps(asdict(plan), default=_plain))
+    data = asdict(plan)
+    for place in (*data["vision"], *data["cuts"]):
+        for stage in place["stages"]:
+            if stage["weights"] is not None:
+                del stage["weights"]["path"]  # of this machine
+    result: dict[str, JsonValue] = json.loads(json.dumps(data, default=_plain))
     return result
 
 

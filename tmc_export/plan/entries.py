@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from pydantic import ValidationError
@@ -14,7 +15,7 @@ from tmc_export.core.facts import ModelFacts
 from tmc_export.core.registry import nearest
 from tmc_export.graphs import METHODS
 from tmc_export.graphs._contract import Method, MethodConfig, Site, Stage
-from tmc_export.recipe.recipe import Recipe
+from tmc_export.recipe.recipe import Recipe, WeightsSource
 
 __all__ = ["Entry", "read_entries"]
 
@@ -27,6 +28,8 @@ class Entry:
         index: in the list.
         name, method, config, scope: as the recipe says.
         stages: the cuts it makes.
+        weights: where its learned weights come from, as the recipe says; `plan.learned` compares that with what the method declares.
+        weights_path: the file that this names on this machine.
         origin: key (or nothing) → its place in the recipe, for messages.
     """
 
@@ -36,6 +39,8 @@ class Entry:
     config: MethodConfig
     scope: Literal["image", "joint"]
     stages: tuple[Stage, ...]
+    weights: WeightsSource | None
+    weights_path: Path | None
     origin: Callable[..., str]
 
 
@@ -60,12 +65,6 @@ def _read(recipe: Recipe, index: int, facts: ModelFacts) -> Entry:
     except TmcError as error:
         raise RecipeError(f"{origin('method')}: {error}") from error
     config = _config(method, written.method, dict(written.options), origin)
-    if not method.training_free:
-        raise LegalityError(
-            f"{origin()}: method '{written.method}' has learned weights, which are not bound to a file yet; use another method"
-        )
-    if method.training_free and written.weights is not None:
-        raise RecipeError(f"{origin('weights')}: method '{written.method}' has no learned weights; remove the key")
     try:
         site = Site.parse(written.at)
     except ValueError as error:
@@ -73,7 +72,7 @@ def _read(recipe: Recipe, index: int, facts: ModelFacts) -> Entry:
     form = _form(site)
     if form not in method.sites:
         raise LegalityError(f"{origin('at')}: method '{written.method}' cannot act at {written.at}; it acts at: {', '.join(method.sites)}")
-    if site.part in ("prefill_end", "step") or site.point == "replace":
+    if site.part in ("prefill_end", "step"):
         raise LegalityError(f"{origin('at')}: the site {written.at} is not built yet")
     try:
         stages = tuple(method.stages(site, config, facts))
@@ -83,7 +82,7 @@ def _read(recipe: Recipe, index: int, facts: ModelFacts) -> Entry:
         raise LegalityError(
             f"{origin('scope')}: scope: joint needs all pictures at once, which only decoder sites see; remove it or move to decoder.<k>"
         )
-    return Entry(index, written.method, method, config, written.scope, stages, origin)
+    return Entry(index, written.method, method, config, written.scope, stages, written.weights, recipe.weights_file(index), origin)
 
 
 def _config(method: type[Method], name: str, options: dict[str, object], origin: Callable[..., str]) -> MethodConfig:

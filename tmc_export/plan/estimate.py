@@ -17,7 +17,7 @@ from tmc_export.plan._flops import (
     cut_flops,
     encoder_flops,
     head_flops,
-    projector_flops,
+    projection_flops,
     vision_stage_flops,
     vision_tokens,
 )
@@ -142,7 +142,7 @@ def estimate(plan: Plan, clock: Clock, runtime: str) -> Estimate:
     if vision is not None:
         inside = vision_tokens(vision)
         encoder = plan.images * (encoder_flops(vision.facts, inside.layers) + vision_stage_flops(vision))
-        projector = plan.images * projector_flops(vision.facts, inside.projected)
+        projector = plan.images * projection_flops(vision, inside.projected)
     head = plan.batch * head_flops(d)
     return Estimate(
         flops={

@@ -168,6 +168,12 @@ def check_plan(recipe: Recipe, plan: Plan) -> None:
                 )
             _check_kv(recipe, plan, cut, stage)
     _check_keep(recipe, plan)
+    replacing = next((v.replacing for v in plan.vision if v.replacing is not None), None)
+    if replacing is not None and "projector" in plan.quantize:
+        raise LegalityError(
+            f"{recipe.origin(('quantize', 'projector'))}: quantize.projector has nothing to act on: '{replacing.method}' replaces the "
+            "projector, and learned weights of a method keep model.dtype; remove it"
+        )
 
 
 def _at(recipe: Recipe, stage: StagePlan) -> str:
@@ -198,7 +204,9 @@ def _check_vision_needs(recipe: Recipe, stage: StagePlan, encoder: EncoderFacts)
     for need in stage.stage.needs:
         if site.part == "input":
             raise _refuse(recipe, stage, need, "pixels only: nothing was computed yet")
-        if site.part == "projector" and (classes or merge > 1):
+        if site.point == "replace" and merge > 1:
+            raise _refuse(recipe, stage, need, "the patches alone, put into raster order")
+        if site.part == "projector" and site.point is None and (classes or merge > 1):
             raise _refuse(recipe, stage, need, "other tokens than the encoder's last layer (class tokens dropped, or patches joined)")
         if isinstance(need, TextEmbeds):
             raise _refuse(recipe, stage, need, "no prompt: a picture is encoded by itself")
@@ -309,7 +317,22 @@ def notes_of(recipe: Recipe, plan: Plan, device: Device, room: Room | None) -> t
         found.append("memory is not checked here: it depends on the machine")
     if len(plan.vision) > 1:
         found.append("operations, bytes and times are of the dearest picture bucket")
-    return tuple(found)
+    return (*found, *_learned_notes(plan))
+
+
+def _learned_notes(plan: Plan) -> list[str]:
+    """What a user should know of learned weights: which were never trained, and how their operations are reckoned."""
+    stages = [*(s for v in plan.vision for s in v.stages), *(s for c in plan.cuts for s in c.stages)]
+    learned = {s.entry: s for s in stages if s.weights is not None}
+    found = [
+        f"compress.{entry}: {stage.method} at {stage.stage.at}: random weights (seed {stage.weights.random}), accuracy n/a"
+        for entry, stage in learned.items()
+        if stage.weights is not None and stage.weights.random is not None
+    ]
+    if learned:
+        names = ", ".join(sorted({s.method for s in learned.values()}))
+        found.append(f"operations of learned weights ({names}) are an estimate: every matrix times every token that arrives")
+    return found
 
 
 def _fallback(recipe: Recipe, plan: Plan, room: Room | None) -> str:

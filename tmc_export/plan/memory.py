@@ -169,7 +169,8 @@ def vision_activations(plan: Plan, vision: VisionPlan, ort: bool) -> int:
     e, tokens = vision.facts.encoder, vision_tokens(vision)
     scores = 2 * e.heads if ort or plan.dtype == "float32" else 0
     layer = max(max(4 * t.attention * e.width + scores * t.attention**2, 2 * t.feed_forward * e.intermediate) for t in tokens.layers)
-    numbers = 2 * e.tokens * e.width + layer + (tokens.projected // e.merge**2) * plan.facts.decoder.width
+    projected = max(tokens.projected // e.merge**2, vision.tokens)
+    numbers = 2 * e.tokens * e.width + layer + projected * plan.facts.decoder.width
     return numbers * _wide(plan, ort)
 
 

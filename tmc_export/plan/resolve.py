@@ -12,6 +12,7 @@ from tmc_export.families import family_of
 from tmc_export.families._contract import Family, ModelFiles
 from tmc_export.graphs._contract import Attention, Layout, Positions, Segment, Stage
 from tmc_export.plan.entries import Entry, read_entries
+from tmc_export.plan.learned import bind
 from tmc_export.plan.types import BlockPlan, CutPlan, Plan, QuantizePlan, StagePlan, VisionPlan
 from tmc_export.recipe.recipe import Recipe
 
@@ -133,16 +134,33 @@ def _vision(
                 f"{encoder.layers - 1}"
             )
         layout = _through(entry, stage, layout, facts, stages)
-    layout = _project(layout, facts, entries)
+    layout = _project(layout, facts, entries, stages)
     for entry, stage in _at(entries, "projector"):
-        layout = _through(entry, stage, layout, facts, stages)
+        if stage.at.point is None:
+            layout = _through(entry, stage, layout, facts, stages)
+    _check_places(layout, facts, entries, stages)
     return VisionPlan(index, size, encoder.grid, facts, tuple(stages), layout.tokens, layout.grid)
 
 
-def _project(layout: Layout, facts: ModelFacts, entries: Sequence[Entry]) -> Layout:
-    """Drop class tokens and let the projector join patches; a merger needs the raster that it was made for."""
+def _project(layout: Layout, facts: ModelFacts, entries: Sequence[Entry], stages: list[StagePlan]) -> Layout:
+    """Drop class tokens and let the projector join patches (a merger needs its raster), or let the stage that replaces it act."""
     segments = tuple(s for s in layout.segments if s.kind == "visual")
     merge = facts.encoder.merge
+    replacing = [(e, s) for e, s in _at(entries, "projector") if s.at.point == "replace"]
+    if len(replacing) > 1:
+        first, second = replacing[0][0], replacing[1][0]
+        raise LegalityError(
+            f"{second.origin('at')}: method '{second.name}' at projector.replace: '{first.name}' replaces the projector already, and "
+            "there is one; remove one of the 2 entries"
+        )
+    if replacing:
+        entry, stage = replacing[0]
+        if merge > 1 and layout.grid != facts.encoder.grid:
+            raise LegalityError(
+                f"{entry.origin('at')}: method '{entry.name}' at projector.replace takes the patches of this family in raster order, and a "
+                f"stage in the encoder left no {facts.encoder.grid[0]}x{facts.encoder.grid[1]} raster of them; remove that entry"
+            )
+        return _through(entry, stage, Layout(segments, width=facts.encoder.width), facts, stages)
     if merge > 1:
         grid = layout.grid
         if grid is None or grid[0] % merge or grid[1] % merge:
@@ -166,18 +184,50 @@ def _at(entries: Sequence[Entry], part: str) -> list[tuple[Entry, Stage]]:
     return found
 
 
+def _check_places(layout: Layout, facts: ModelFacts, entries: Sequence[Entry], stages: Sequence[StagePlan]) -> None:
+    """Refuse tokens without a place in the picture where the decoder's rotary positions are rows and columns."""
+    if facts.decoder.rope_axes == 1 or layout.grid is not None:
+        return
+    for stage in stages:
+        if stage.stage.at.point == "replace" or stage.after.tokens > stage.before.tokens:
+            entry = entries[stage.entry]
+            raise LegalityError(
+                f"{entry.origin('at')}: method '{entry.name}' at {stage.stage.at} makes tokens of its own, and what leaves the picture "
+                f"is no raster; this decoder's {facts.decoder.rope_axes} rotary axes need a row and a column for each; use a method that "
+                "leaves a raster, such as pool"
+            )
+
+
 def _through(entry: Entry, stage: Stage, layout: Layout, facts: ModelFacts, stages: list[StagePlan]) -> Layout:
     """Ask the method what comes out of a stage; its refusal becomes an error at the recipe's line."""
+    weights = bind(entry, facts)
     try:
         after = entry.method.layout(stage, layout, entry.config, facts)
     except ValueError as error:
         raise LegalityError(f"{entry.origin()}: method '{entry.name}' at {stage.at}: {error}") from error
-    if after.tokens > layout.tokens:
+    if after.tokens > layout.tokens and not (entry.method.grows and stage.at.part == "projector"):
+        fix = "use it at projector or projector.replace, where tokens may be added" if entry.method.grows else "lower its budget"
         raise LegalityError(
-            f"{entry.origin()}: method '{entry.name}' at {stage.at} would keep {after.tokens} of {layout.tokens} tokens; lower its budget"
+            f"{entry.origin()}: method '{entry.name}' at {stage.at} would keep {after.tokens} of {layout.tokens} tokens; {fix}"
         )
-    stages.append(StagePlan(entry.index, entry.name, entry.config, stage, layout, after, entry.scope))
+    _check_width(entry, stage, layout, after, facts)
+    stages.append(StagePlan(entry.index, entry.name, entry.config, stage, layout, after, entry.scope, weights))
     return after
+
+
+def _check_width(entry: Entry, stage: Stage, before: Layout, after: Layout, facts: ModelFacts) -> None:
+    """Refuse a number of channels that what comes next cannot take; only a replaced projector changes it."""
+    replaces = stage.at.point == "replace"
+    wanted = facts.decoder.width if replaces else before.width
+    if after.width != wanted:
+        taker = (
+            "decoder" if replaces or stage.at.part in ("projector", "decoder") else "encoder" if stage.at.part == "input" else "projector"
+        )
+        fix = "set its options so" if replaces else "only a method at projector.replace may change them: use it there"
+        raise LegalityError(
+            f"{entry.origin('at')}: method '{entry.name}' at {stage.at} leaves tokens of {after.width} channels, the {taker} takes "
+            f"{wanted}; {fix}"
+        )
 
 
 # -------------------------------------------------------------------------------------------------------------- decoder

@@ -7,12 +7,43 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
 from typing import Literal
 
 from tmc_export.core.facts import ModelFacts
 from tmc_export.graphs._contract import Attention, Layout, MethodConfig, Positions, Stage
 
-__all__ = ["BlockPlan", "CutPlan", "Plan", "QuantizePlan", "StagePlan", "VisionPlan"]
+__all__ = ["BlockPlan", "CutPlan", "LearnedWeights", "Plan", "QuantizePlan", "StagePlan", "VisionPlan"]
+
+
+@dataclass(frozen=True)
+class LearnedWeights:
+    """The learned weights that a method's entry declares, and where they come from: a file or a seed.
+
+    Attributes:
+        shapes: the method's name of a tensor → its shape.
+        file: as the recipe writes it; None when they are random.
+        prefix: what stands before the names in the file.
+        random: the seed, when they are random.
+        path: the file on this machine; not part of what a plan says, and left out of its JSON form.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    file: str | None = None
+    prefix: str = ""
+    random: int | None = None
+    path: Path | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def elements(self) -> int:
+        """Numbers in all tensors."""
+        return sum(prod(shape) for shape in self.shapes.values())
+
+    @property
+    def matrix_elements(self) -> int:
+        """Numbers in the tensors of two axes or more: what tokens are multiplied with."""
+        return sum(prod(shape) for shape in self.shapes.values() if len(shape) > 1)
 
 
 @dataclass(frozen=True)
@@ -26,6 +57,7 @@ class StagePlan:
         stage: where, and what it needs.
         before, after: layouts of one picture (`scope: image`), or of all of them (`joint`).
         scope: whether a budget is per picture.
+        weights: the entry's learned weights; None when the method has none.
     """
 
     entry: int
@@ -35,6 +67,7 @@ class StagePlan:
     before: Layout
     after: Layout
     scope: Literal["image", "joint"] = "image"
+    weights: LearnedWeights | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +91,11 @@ class VisionPlan:
     stages: tuple[StagePlan, ...]
     tokens: int
     out_grid: tuple[int, int] | None
+
+    @property
+    def replacing(self) -> StagePlan | None:
+        """The stage at `projector.replace`, which runs instead of the family's own projector."""
+        return next((s for s in self.stages if s.stage.at.point == "replace"), None)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from tmc_export.recipe._origin import Origin
 from tmc_export.recipe.device import Device, Figure, device_schema, devices, find_device, load_device
 from tmc_export.recipe.load import find_recipe, load_recipe, recipe_schema, recipes
-from tmc_export.recipe.recipe import Compress, Inputs, ModelSource, Quantize, QuantizePart, Recipe, Target, WeightsFile
+from tmc_export.recipe.recipe import Compress, Inputs, ModelSource, Quantize, QuantizePart, Recipe, Target, WeightsSource
 
 __all__ = [
     "Compress",
@@ -16,7 +16,7 @@ __all__ = [
     "QuantizePart",
     "Recipe",
     "Target",
-    "WeightsFile",
+    "WeightsSource",
     "device_schema",
     "devices",
     "find_device",

@@ -27,7 +27,7 @@ from pydantic_core import PydanticCustomError
 from tmc_export.recipe._origin import Origin, Origins, Path
 from tmc_export.recipe._schemes import PARTS_OF, WeightScheme, check_scheme
 
-__all__ = ["Compress", "Inputs", "ModelSource", "Quantize", "QuantizePart", "Recipe", "Target", "WeightsFile"]
+__all__ = ["Compress", "Inputs", "ModelSource", "Quantize", "QuantizePart", "Recipe", "Target", "WeightsSource"]
 
 _METHOD = r"^[a-z0-9][a-z0-9_-]*$"
 _SLUG = r"^[a-z0-9][a-z0-9._-]*$"
@@ -136,11 +136,40 @@ class Inputs(_Strict):
         return (one,) if one is not None else tuple(size for size in self.image_size or () if isinstance(size, tuple))
 
 
-class WeightsFile(_Strict):
-    """Learned weights of a method: a safetensors file relative to the recipe, and the prefix of their names in it."""
+class WeightsSource(_Strict):
+    """Where the learned weights of a method come from: a safetensors file, or random numbers (to see shapes, memory and times).
 
-    file: Text = Field(description="a safetensors file, relative to the recipe file")
+    Attributes:
+        file: relative to the recipe, as folders in `model.source` are.
+        prefix: what stands before the method's names in the file.
+        random: a seed; such weights were never trained, so that answers mean nothing.
+    """
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"properties": {"file": {"type": "string"}}, "required": ["file"]},
+                {"properties": {"random": {"type": "integer"}}, "required": ["random"]},
+            ]
+        }
+    )
+
+    file: Text | None = Field(default=None, description="a safetensors file, relative to the recipe file")
     prefix: str = Field(default="", description="prefix of the names in the file")
+    random: Annotated[int, Field(ge=0, le=2**32 - 1)] | None = Field(default=None, description="seed of random weights, instead of a file")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> WeightsSource:
+        if (self.file is None) == (self.random is None):
+            what = "names neither" if self.file is None else "names both"
+            raise PydanticCustomError(
+                "weights", "needs either a file or a seed and {what}; write file: x.safetensors or random: 0", {"what": what}
+            )
+        if self.random is not None and self.prefix:
+            raise PydanticCustomError(
+                "weights", "random weights have no prefix, got '{got}'; remove prefix, or name a file", {"got": self.prefix}
+            )
+        return self
 
 
 class Compress(_Strict):
@@ -152,7 +181,7 @@ class Compress(_Strict):
     at: Text = Field(description="the site, such as projector or decoder.2")
     method: MethodName = Field(description="the name of a method, see: tmc-export methods")
     scope: Literal["image", "joint"] = Field(default="image", description="whether a budget is per picture or for all together")
-    weights: WeightsFile | None = Field(default=None, description="where a learned method's weights are")
+    weights: WeightsSource | None = Field(default=None, description="where a learned method's weights come from")
 
     @property
     def options(self) -> Mapping[str, JsonValue]:
@@ -266,6 +295,19 @@ class Recipe(_Strict):
         source = self.model.source
         folder = (self.folder / FilePath(source).expanduser()).resolve()
         return folder if source.startswith((".", "/", "~")) or folder.is_dir() else None
+
+    def moved_to(self, folder: FilePath) -> Recipe:
+        """Return the same recipe with relative paths starting from `folder`."""
+        moved = self.model_copy()
+        moved._path = folder.resolve() / "recipe.yaml"
+        return moved
+
+    def weights_file(self, entry: int) -> FilePath | None:
+        """Return the file that `compress.<entry>.weights` names (it need not exist), found as a model folder is; None without one."""
+        weights = self.compress[entry].weights
+        if weights is None or weights.file is None:
+            return None
+        return (self.folder / FilePath(weights.file).expanduser()).resolve()
 
     def canonical_json(self) -> str:
         """Return the recipe with its defaults as one line of JSON with sorted keys: equal recipes, equal text. For hashing."""

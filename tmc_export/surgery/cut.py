@@ -22,6 +22,7 @@ from tmc_export.core.facts import ModelFacts
 from tmc_export.graphs._contract import Attention, Compressed, Context, Need, TextEmbeds
 from tmc_export.plan.types import CutPlan, StagePlan
 from tmc_export.surgery.attention import AttentionState, additive_mask, expand_heads, recording
+from tmc_export.surgery.learned import Learned
 from tmc_export.surgery.stages import attention_scores, captured_or_raise, gather_rows, run_stage
 
 if TYPE_CHECKING:
@@ -61,10 +62,20 @@ class Cut(nn.Module):
         images: pictures in the bucket.
         facts: the model's numbers.
         windows: per decoder layer, its sliding window or None.
+        dtype: of learned weights.
     """
 
-    def __init__(self, parts: DecoderParts, plan: CutPlan, images: int, facts: ModelFacts, windows: tuple[int | None, ...]) -> None:
+    def __init__(
+        self,
+        parts: DecoderParts,
+        plan: CutPlan,
+        images: int,
+        facts: ModelFacts,
+        windows: tuple[int | None, ...],
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
+        self.learned = Learned(plan.stages, dtype)
         self._parts, self.plan, self.images, self.facts, self.windows = parts, plan, images, facts, windows
         self.previous, self.next = plan.attention("previous"), plan.attention("next")
         self.scored_layer = parts.layers[plan.layer] if self.next else None
@@ -135,6 +146,7 @@ class Cut(nn.Module):
             text_valid=turn.text.repeat_interleave(fold, 0) if wants_text else None,
             captured=captured_or_raise(captured, tuple(n for n in stage.stage.needs if isinstance(n, Attention)), str(stage.stage.at)),
             state=states.get(stage.entry, {}),
+            weights=self.learned.of(stage),
         )
         result = run_stage(stage, left.tokens.reshape(batch * fold, count // fold, -1), context)
         states[stage.entry] = dict(result.state)

@@ -1,4 +1,4 @@
-"""Encoder, encoder-site stages, projector and projector-site stages as one static module.
+"""Encoder, encoder-site stages, projector (the family's, or the one that replaces it) and projector-site stages as one static module.
 
 Input `pixels` `[b, 3, H, W]` (or `[b, patches, values]`); outputs `tokens [b, v, c]`, then per stage `source.<n>` `[b, k]` (original
 index among the uncompressed tokens of the picture, class tokens first; -1 = synthetic) and, where it merges, `assign.<n>`.
@@ -15,6 +15,7 @@ from tmc_export.core.errors import ExportError
 from tmc_export.core.facts import ModelFacts
 from tmc_export.graphs._contract import Attention, Compressed, Context, Features, Keys, Need
 from tmc_export.plan.types import StagePlan, VisionPlan
+from tmc_export.surgery.learned import Learned
 from tmc_export.surgery.stages import attention_scores, captured_or_raise, gather_rows, move_source, run_stage
 
 if TYPE_CHECKING:
@@ -29,11 +30,12 @@ class VisionTrace:
     Args:
         tokens: `[b, n, c]`.
         facts: the model's numbers, for the methods.
+        learned: the methods' weights.
     """
 
-    def __init__(self, tokens: Tensor, facts: ModelFacts) -> None:
+    def __init__(self, tokens: Tensor, facts: ModelFacts, learned: Learned) -> None:
         batch, count = tokens.shape[:2]
-        self.facts = facts
+        self.facts, self.learned = facts, learned
         self.tokens = tokens
         self.source = torch.arange(count).expand(batch, count)
         self.valid = torch.ones(batch, count, dtype=torch.bool)
@@ -106,6 +108,7 @@ class VisionTrace:
             source=self.source,
             captured=captured_or_raise(self.captured, plan.stage.needs, str(plan.stage.at)),
             state=self.states.get(plan.entry, {}),
+            weights=self.learned.of(plan),
         )
         result = run_stage(plan, self.tokens, context)
         self.states[plan.entry] = dict(result.state)
@@ -121,9 +124,16 @@ class VisionTrace:
         self.reports.append((self.source, result.assign))
 
     def drop(self, count: int) -> None:
-        """Drop the first `count` tokens: the class tokens, before the projector."""
+        """Drop the first `count` tokens, and what was captured of them: the class tokens, before the projector."""
         if count:
             self.tokens, self.source, self.valid = self.tokens[:, count:], self.source[:, count:], self.valid[:, count:]
+            for need, found in self.captured.items():
+                self.captured[need] = found[..., count:] if isinstance(need, Attention) else found[:, count:]
+
+    def restart(self, source: Tensor) -> None:
+        """Count anew: `source [n]` of the picture's tokens as they now stand, all of them valid."""
+        batch, count = self.tokens.shape[:2]
+        self.source, self.valid = source.expand(batch, count), torch.ones(batch, count, dtype=torch.bool)
 
 
 class Vision(nn.Module):
@@ -132,12 +142,14 @@ class Vision(nn.Module):
     Args:
         parts: the family's encoder and projector.
         plan: the bucket's numbers and stages.
+        dtype: of learned weights.
     """
 
-    def __init__(self, parts: VisionParts, plan: VisionPlan) -> None:
+    def __init__(self, parts: VisionParts, plan: VisionPlan, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self._parts = parts
         self.plan = plan
+        self.learned = Learned(plan.stages, dtype)
         for name, module in vars(parts).items():
             if isinstance(module, nn.Module):
                 self.add_module(name, module)
@@ -153,7 +165,7 @@ class Vision(nn.Module):
         """Encode and compress one bucket of pictures."""
         parts, facts = self._parts, self.plan.facts
         pixels, before = self._inputs(pixels)
-        trace = VisionTrace(parts.embed(pixels), facts)
+        trace = VisionTrace(parts.embed(pixels), facts, self.learned)
         trace.reports += before
         for layer in range(parts.layers):
             for stage in self._at("encoder", layer):
@@ -170,17 +182,30 @@ class Vision(nn.Module):
             trace.look_ahead(parts, stage.stage.needs, parts.layers)
             trace.capture(stage.stage.needs, parts.layers - 1, str(stage.stage.at))
             trace.apply(stage)
+        replacing = self.plan.replacing
+        if replacing is not None:
+            trace.capture(replacing.stage.needs, parts.layers - 1, str(replacing.stage.at))
         trace.tokens = parts.finish(trace.tokens)
         encoder = [s for s in self.plan.stages if s.stage.at.part == "encoder"]
         trace.drop(encoder[-1].after.class_tokens if encoder else facts.encoder.class_tokens)
-        trace.tokens = parts.project(trace.tokens)
-        if facts.encoder.merge > 1:
-            batch, count = trace.tokens.shape[:2]
-            trace.source, trace.valid = torch.arange(count).expand(batch, count), torch.ones(batch, count, dtype=torch.bool)
+        self._project(trace)
         for stage in self._at("projector", None):
             trace.capture(stage.stage.needs, parts.layers - 1, str(stage.stage.at))
             trace.apply(stage)
         return (trace.tokens, *[source for source, _ in trace.reports])
+
+    def _project(self, trace: VisionTrace) -> None:
+        """Run the family's projector, or the stage that replaces it on the encoder's tokens in raster order."""
+        merge, replacing = self.plan.facts.encoder.merge, self.plan.replacing
+        if replacing is None:
+            trace.tokens = self._parts.project(trace.tokens)
+            if merge > 1:
+                trace.restart(torch.arange(trace.tokens.shape[1]))
+            return
+        if merge > 1:
+            trace.tokens = self._parts.in_raster(trace.tokens)
+            trace.restart(_joined_place(self.plan.grid, merge))
+        trace.apply(replacing)
 
     def _inputs(self, pixels: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor | None]]]:
         """Run `input` stages on the raster of pixels `[b, 3, H, W]`."""
@@ -193,8 +218,16 @@ class Vision(nn.Module):
             raster = pixels.flatten(2).transpose(1, 2)
             count = raster.shape[1]
             source, valid = torch.arange(count).expand(batch, count), torch.ones(batch, count, dtype=torch.bool)
-            result = run_stage(stage, raster, Context(layout=stage.before, facts=self.plan.facts, valid=valid, source=source))
+            weights = self.learned.of(stage)
+            context = Context(layout=stage.before, facts=self.plan.facts, valid=valid, source=source, weights=weights)
+            result = run_stage(stage, raster, context)
             rows, columns = stage.after.grid or (0, 0)
             pixels = result.tokens.transpose(1, 2).reshape(batch, pixels.shape[1], rows, columns)
             reports.append((result.source, None))
         return pixels, reports
+
+
+def _joined_place(grid: tuple[int, int], merge: int) -> Tensor:
+    """The place of each patch of a raster among the tokens that the family's projector would join: `[rows · columns]`."""
+    rows, columns = torch.arange(grid[0]) // merge, torch.arange(grid[1]) // merge
+    return (rows[:, None] * (grid[1] // merge) + columns[None]).flatten()

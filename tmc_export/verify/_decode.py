@@ -17,6 +17,7 @@ from tmc_export.core.errors import ExportError
 from tmc_export.graphs._contract import Attention, Context, Need, TextEmbeds
 from tmc_export.plan.types import CutPlan, Plan, StagePlan
 from tmc_export.verify._apply import apply_stage, from_weights
+from tmc_export.verify._learned import MethodWeights
 from tmc_export.verify._queries import queries_of
 from tmc_export.verify._towers import ReferenceModel
 from tmc_export.verify._trace import BlockTrace, StageTrace
@@ -115,10 +116,11 @@ class Decoder:
         plan: where it is cut.
         noise: see `apply_stage`.
         trace: report the prompt at every block.
+        learned: the weights of learned methods.
     """
 
-    def __init__(self, model: ReferenceModel, plan: Plan, noise: float, trace: bool) -> None:
-        self.model, self.plan, self.noise, self.trace = model, plan, noise, trace
+    def __init__(self, model: ReferenceModel, plan: Plan, noise: float, trace: bool, learned: MethodWeights) -> None:
+        self.model, self.plan, self.noise, self.trace, self.learned = model, plan, noise, trace, learned
         self.cuts = {c.layer: c for c in plan.cuts}
         self.starts = {b.first: b for b in plan.blocks}
         self.ends = {b.last - 1 for b in plan.blocks}
@@ -300,6 +302,7 @@ class Decoder:
             text_valid=torch.ones(1, cut.text.shape[1], dtype=torch.bool),
             captured={n: self._columns(n, cut, padded, str(stage.stage.at)) for n in stage.stage.needs if not isinstance(n, TextEmbeds)},
             state=cut.states.get((stage.entry, picture), {}),
+            weights=self.learned.of(stage),
         )
         applied = apply_stage(stage, tokens.hidden[:, padded], context, picture, self.noise)
         result = applied.result

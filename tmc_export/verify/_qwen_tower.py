@@ -55,6 +55,7 @@ class QwenTower:
         self._turn = import_module(type(self.visual).__module__).apply_rotary_pos_emb_vision
         self._grids: dict[tuple[int, int], _Grid] = {}
         self._grid: _Grid | None = None
+        self._size = (0, 0)
 
     def shape(self, plan: VisionPlan) -> tuple[int, ...]:
         """Patches, and the values of one."""
@@ -94,7 +95,7 @@ class QwenTower:
         """Embed patches, or a raster that a stage at `input` left, and put them in the blocks' order."""
         patches = self._cut(pixels) if pixels.dim() == 4 else pixels
         self._grid = self._grids.get(plan.grid) or self._listen(plan.grid)
-        self._grids[plan.grid] = self._grid
+        self._grids[plan.grid], self._size = self._grid, plan.grid
         return self.visual.patch_embed(patches[0])[self._grid.order][None]  # type: ignore[no-any-return]
 
     def _listen(self, grid: tuple[int, int]) -> _Grid:
@@ -161,6 +162,14 @@ class QwenTower:
         """Second half of a block."""
         block = self.visual.blocks[layer]
         return tokens + block.mlp(block.norm2(tokens))  # type: ignore[no-any-return]
+
+    def in_raster(self, tokens: Tensor) -> Tensor:
+        """Every patch at its own row and column."""
+        if self._grid is None:
+            raise ExportError("no picture was embedded before its projection")
+        placed = torch.empty_like(tokens)
+        placed[:, self._blocks_first(*self._size)[self._grid.order]] = tokens
+        return placed
 
     def project(self, tokens: Tensor) -> Tensor:
         """Merge units, and put them in raster order."""

@@ -15,6 +15,7 @@ from tmc_export.graphs._contract import Attention, Context, Features, Keys, Need
 from tmc_export.plan.types import StagePlan, VisionPlan
 from tmc_export.verify._ahead import from_products, keys_ahead
 from tmc_export.verify._apply import apply_stage, from_weights
+from tmc_export.verify._learned import MethodWeights
 from tmc_export.verify._towers import Tower
 from tmc_export.verify._trace import StageTrace
 
@@ -48,7 +49,7 @@ class Seen:
     traces: list[StageTrace] = field(default_factory=list)
 
 
-def see(tower: Tower, plan: VisionPlan, pixels: Tensor, picture: int, noise: float) -> Seen:
+def see(tower: Tower, plan: VisionPlan, pixels: Tensor, picture: int, noise: float, weights: MethodWeights) -> Seen:
     """Encode a prepared picture `[1, …]` and run every stage up to the projector's.
 
     Args:
@@ -57,13 +58,14 @@ def see(tower: Tower, plan: VisionPlan, pixels: Tensor, picture: int, noise: flo
         pixels: prepared by the runtime's own image rule.
         picture: number within the turn.
         noise: see `apply_stage`.
+        weights: what the methods have learned.
     """
 
     def run(part: str, layer: int | None = None, point: str | None = None) -> None:
         for stage in plan.stages:
             at = stage.stage.at
             if (at.part, at.layer, at.point) == (part, layer, point):
-                _run(stage, plan, tower, seen, picture, noise)
+                _run(stage, plan, tower, seen, picture, noise, weights)
 
     seen = _fresh(tower.raster(pixels, plan).flatten(2).transpose(1, 2))
     run("input")
@@ -81,9 +83,18 @@ def see(tower: Tower, plan: VisionPlan, pixels: Tensor, picture: int, noise: flo
     run("encoder")
     classes = _class_tokens(plan)
     seen.tokens, seen.source, seen.valid = seen.tokens[:, classes:], seen.source[:, classes:], seen.valid[:, classes:]
-    seen.tokens = tower.project(seen.tokens)
-    if plan.facts.encoder.merge > 1:
-        seen = replace(_fresh(seen.tokens), traces=seen.traces, states=seen.states)
+    merge = plan.facts.encoder.merge
+    if plan.replacing is not None:
+        _without_classes(seen, classes)
+        if merge > 1:
+            seen = replace(_fresh(tower.in_raster(seen.tokens)), traces=seen.traces, states=seen.states)
+            patch = seen.source[0]
+            seen.source = (patch // plan.grid[1] // merge * (plan.grid[1] // merge) + patch % plan.grid[1] // merge)[None]
+        run("projector", point="replace")
+    else:
+        seen.tokens = tower.project(seen.tokens)
+        if merge > 1:
+            seen = replace(_fresh(seen.tokens), traces=seen.traces, states=seen.states)
     run("projector")
     return seen
 
@@ -106,7 +117,16 @@ def _class_tokens(plan: VisionPlan) -> int:
     return inside[-1].after.class_tokens if inside else plan.facts.encoder.class_tokens
 
 
-def _run(stage: StagePlan, plan: VisionPlan, tower: Tower, seen: Seen, picture: int, noise: float) -> None:
+def _without_classes(seen: Seen, classes: int) -> None:
+    """Take the class tokens out of what a stage behind them may ask for."""
+    if seen.weights is not None:
+        seen.weights = seen.weights[..., classes:]
+    if seen.keys is not None:
+        seen.keys = seen.keys[:, classes:]
+    seen.features = [f[:, classes:] for f in seen.features]
+
+
+def _run(stage: StagePlan, plan: VisionPlan, tower: Tower, seen: Seen, picture: int, noise: float, weights: MethodWeights) -> None:
     """Apply one stage and move along what is the framework's."""
     context = Context(
         layout=stage.before,
@@ -115,6 +135,7 @@ def _run(stage: StagePlan, plan: VisionPlan, tower: Tower, seen: Seen, picture: 
         source=seen.source,
         captured={n: _capture(n, tower, seen, stage) for n in stage.stage.needs},
         state=seen.states.get(stage.entry, {}),
+        weights=weights.of(stage),
     )
     applied = apply_stage(stage, seen.tokens, context, picture, noise)
     result = applied.result

@@ -55,6 +55,10 @@ class Tower(Protocol):
         """Second half of a layer, residual included."""
         ...
 
+    def in_raster(self, tokens: Tensor) -> Tensor:
+        """All patches of a picture row by row, class tokens already dropped."""
+        ...
+
     def project(self, tokens: Tensor) -> Tensor:
         """What the model does between the last layer in use and the decoder, class tokens already dropped."""
         ...
@@ -121,6 +125,9 @@ class _ClipTower:
     def feed_forward(self, layer: int, tokens: Tensor) -> Tensor:
         block = self.vision.encoder.layers[layer]
         return tokens + block.mlp(block.layer_norm2(tokens))  # type: ignore[no-any-return]
+
+    def in_raster(self, tokens: Tensor) -> Tensor:
+        return tokens
 
     def project(self, tokens: Tensor) -> Tensor:
         return self.projector(tokens)  # type: ignore[no-any-return]

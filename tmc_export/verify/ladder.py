@@ -102,7 +102,7 @@ class _Climb:
     precision: Precision
 
 
-def climb(bundle: Path, model: Path, progress: Progress = lambda _: None, steps: int = 8) -> Ladder:
+def climb(bundle: Path, model: Path, progress: Progress = lambda _: None, steps: int = 8, recipe_folder: Path | None = None) -> Ladder:
     """Verify a bundle against the checkpoint it was made from, rung by rung.
 
     Args:
@@ -110,6 +110,7 @@ def climb(bundle: Path, model: Path, progress: Progress = lambda _: None, steps:
         model: the checkpoint's folder.
         progress: called with the name of each rung before it runs.
         steps: tokens answered per turn.
+        recipe_folder: what relative paths of the recipe start from (learned weights, a device file); the working directory when None.
 
     Raises:
         BundleError: files are missing, changed or damaged.
@@ -123,8 +124,9 @@ def climb(bundle: Path, model: Path, progress: Progress = lambda _: None, steps:
     manifest = open_manifest(bundle)
     check_files(bundle, manifest)
     _check_checkpoint(manifest, model)
-    plan, files, fit = _plan(manifest, model)
-    files_rung = Rung(RUNGS[0], "passed", f"{len(manifest.files)} files and {len(manifest.checkpoint)} of the checkpoint have their sha256")
+    plan, files, fit = _plan(manifest, model, recipe_folder)
+    inputs = len(manifest.checkpoint) + len(manifest.weights)
+    files_rung = Rung(RUNGS[0], "passed", f"{len(manifest.files)} files and {inputs} of the checkpoint have their sha256")
     scripts = made_up_scripts(model, plan, files, fit)
     reference = Reference(model, plan, trace=True)
     cases = tuple(answer(reference, script, plan, steps) for script in scripts)
@@ -148,9 +150,26 @@ def _check_checkpoint(manifest: Manifest, model: Path) -> None:
             raise ModelError(f"{path} is not the file that the bundle was made from (sha256); give the folder of that checkpoint")
 
 
-def _plan(manifest: Manifest, model: Path) -> tuple[Plan, ModelFiles, str | None]:
+def _check_learned(manifest: Manifest, recipe: Recipe) -> None:
+    """Find the files of learned method weights again, and make sure that they are the ones that were built in."""
+    for index, entry in enumerate(recipe.compress):
+        path, name = recipe.weights_file(index), None if entry.weights is None else entry.weights.file
+        if path is None or name is None:
+            continue
+        if not path.is_file():
+            raise ModelError(
+                f"there is no {path}, whose weights the bundle's '{entry.method}' has; give the recipe's folder: --recipe-folder"
+            )
+        if hash_file(path) != manifest.weights.get(name):
+            raise ModelError(f"{path} is not the file of learned weights that the bundle was made from (sha256); give that file's folder")
+
+
+def _plan(manifest: Manifest, model: Path, folder: Path | None) -> tuple[Plan, ModelFiles, str | None]:
     """Plan the bundle's recipe against the checkpoint again; the plan must be the one that was built."""
     recipe = Recipe.model_validate_json(json.dumps(manifest.recipe))
+    if folder is not None:
+        recipe = recipe.moved_to(folder)
+    _check_learned(manifest, recipe)
     files = read_model_files(model)
     plan, _ = make_plan(recipe, files)
     now, built = plan_json(plan), manifest.plan

@@ -18,6 +18,7 @@ from torch import Tensor
 from tmc_export.core.errors import RuntimeInputError
 from tmc_export.plan.types import Plan, VisionPlan
 from tmc_export.verify._decode import Decoder
+from tmc_export.verify._learned import MethodWeights
 from tmc_export.verify._positions import rotary_positions
 from tmc_export.verify._see import Seen, see
 from tmc_export.verify._towers import load_model
@@ -58,7 +59,8 @@ class Reference:
         self.dtype = torch.float16 if dtype == "float16" else torch.float32
         self.model = load_model(Path(model_folder), self.dtype)
         self.noise = margin_bound(precision_of(plan))
-        self._decoder = Decoder(self.model, plan, self.noise, trace)
+        self._learned = MethodWeights(self.dtype)
+        self._decoder = Decoder(self.model, plan, self.noise, trace, self._learned)
         self.reset()
 
     def reset(self) -> None:
@@ -98,7 +100,8 @@ class Reference:
         """
         plans = self.buckets(pixels, buckets)
         inputs = [torch.from_numpy(p)[None].to(self.dtype) for p in pixels]
-        seen = [see(self.model.tower, v, p, i, self.noise) for i, (v, p) in enumerate(zip(plans, inputs, strict=True), start=1)]
+        pairs = enumerate(zip(plans, inputs, strict=True), start=1)
+        seen = [see(self.model.tower, v, p, i, self.noise, self._learned) for i, (v, p) in pairs]
         ids, groups = torch.from_numpy(np.asarray(input_ids, np.int64)), torch.from_numpy(np.asarray(group, np.int64))
         _check(ids, groups, seen)
         shown, shown_plans = list(seen), list(plans)
