@@ -75,7 +75,7 @@ def refusal(plan: Callable[..., Plan], *entries: str, **lines: Any) -> TmcError:
             "at: decoder.2, method: learned, step: 1, extra: 4" + RANDOM,
             LegalityError,
             "8:5",
-            ("would keep 580 of 576 tokens", "use it at projector or projector.replace"),
+            ("would keep 580 of 576 tokens", "use it at encoder, projector or projector.replace"),
         ),
     ],
 )
@@ -110,9 +110,9 @@ def test_the_walk_through_a_replaced_projector(plan: Callable[..., Plan]) -> Non
     assert found.vision[0].replacing is first and found.blocks[0].tokens == 100 + 128
 
 
-@pytest.mark.parametrize("site", ["projector", "projector.replace"])
+@pytest.mark.parametrize("site", ["encoder", "projector", "projector.replace"])
 def test_tokens_may_be_added_around_the_projector(plan: Callable[..., Plan], site: str) -> None:
-    into = ", into: encoder" if "replace" in site else ""
+    into = {"encoder": ", into: encoder, out: encoder", "projector": "", "projector.replace": ", into: encoder"}[site]
     found = plan(f"at: {site}, method: learned, step: 1, extra: 5{into}{RANDOM}")
     assert found.vision[0].tokens == 581 and found.vision[0].out_grid is None
     assert (found.blocks[0].tokens, found.blocks[0].capacity) == (581 + 128, 581 + 128 + 256)

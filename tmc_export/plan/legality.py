@@ -213,6 +213,8 @@ def _check_vision_needs(recipe: Recipe, stage: StagePlan, encoder: EncoderFacts)
         if isinstance(need, Attention):
             if need.rows not in ("cls", "all"):
                 raise _refuse(recipe, stage, need, "class-token rows and column sums")
+            if site.point == "replace" and classes and (need.logits or need.heads == "joined"):
+                raise _refuse(recipe, stage, need, "weights after softmax, of single heads, with the class token's column dropped")
             if need.rows == "cls" and not classes:
                 raise _refuse(recipe, stage, need, "no class token")
         if isinstance(need, (Attention, Keys)) and need.layer == "next":

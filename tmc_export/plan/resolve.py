@@ -205,8 +205,9 @@ def _through(entry: Entry, stage: Stage, layout: Layout, facts: ModelFacts, stag
         after = entry.method.layout(stage, layout, entry.config, facts)
     except ValueError as error:
         raise LegalityError(f"{entry.origin()}: method '{entry.name}' at {stage.at}: {error}") from error
-    if after.tokens > layout.tokens and not (entry.method.grows and stage.at.part == "projector"):
-        fix = "use it at projector or projector.replace, where tokens may be added" if entry.method.grows else "lower its budget"
+    room = stage.at.part == "projector" or (stage.at.part == "encoder" and stage.at.layer is None)
+    if after.tokens > layout.tokens and not (entry.method.grows and room):
+        fix = "use it at encoder, projector or projector.replace, where tokens may be added" if entry.method.grows else "lower its budget"
         raise LegalityError(
             f"{entry.origin()}: method '{entry.name}' at {stage.at} would keep {after.tokens} of {layout.tokens} tokens; {fix}"
         )
