@@ -252,7 +252,11 @@ class Layout:
     Attributes:
         segments: runs of tokens, in order.
         width: channels.
-        positions: what happens to rotary positions at this cut; only read at decoder sites.
+        positions: what happens to rotary positions at this cut; only read at decoder sites. `keep`: every token has its own. `renumber`:
+            they count on from where the layers behind the cut stopped, without gaps. `truncate`: the k tokens of a turn take the first k of
+            the positions that arrived. In a first turn the last two are the same. A later turn starts, under `truncate`, at the position it
+            has before the cut, so that a gap stands for what earlier turns lost; under `renumber`, behind the last token. The next
+            token's position is one more than the last one (under `keep`: than the last one that arrived).
         kv_rows: decoder layer → visual KV rows left in a layer *before* the cut (retroactive pruning); empty when untouched.
         entry_tokens: candidates that arrived at the first cut of the recipe entry, for methods that budget against them (PyramidDrop);
             such a method's own `layout` sets it at its first stage and reads it at the later ones; every other layout leaves None.
@@ -315,13 +319,16 @@ class Compressed:
 
     Attributes:
         tokens: `[b, k, c]`.
-        source: `[b, k]` int64 index into the *candidates* (0…n-1) whose place the token takes; -1 = synthetic. At decoder sites ascending.
-        valid: `[b, k]` bool.
+        source: `[b, k]` int64 index into the *candidates* (0…n-1) whose place the token takes; -1 = synthetic. At decoder sites ascending,
+            synthetic tokens behind all others: they stand directly behind the picture's last kept token. Places stay within the picture:
+            the j-th of k valid tokens has its own place, but at most that of candidate n - k + j (of n valid ones), a synthetic one exactly
+            that. With positions kept, a synthetic token has the rotary position of the picture's last candidate.
+        valid: `[b, k]` bool; no more valid tokens leave than valid candidates arrived, further ones are dropped.
         assign: `[b, n]` int64; the output row that each candidate was merged into, -1 = dropped. None when nothing was merged.
         mix: `[b, k, n]` the linear map from candidates to tokens, when the method is one.
         state: handed to the next stage of the same recipe entry.
         key_bias: `[b, k]` added to the attention logits of these keys in later encoder layers (proportional attention).
-        text: `[b, m, c]` replaces the text tokens.
+        text: `[b, m, c]` replaces the text tokens, m as in `Context.text`; see `Method.replaces_text`.
         kv: decoder layer → `[b, rows]` int64 candidates whose KV rows stay in that earlier layer.
     """
 
@@ -367,6 +374,9 @@ class Method:
         training_free: works without learned weights of its own.
         budgets: what the official code leaves to the data and an option fixes here, in a few words; empty: static by nature.
         grows: more tokens may leave a stage than arrive (register tokens appended); else a plan refuses that.
+        replaces_text: `Compressed.text` is set: the picture is fused into the prompt. Only at `decoder.0`, with `TextEmbeds` asked for, and
+            with one picture or `scope: joint`, because no rule says how several pictures share the text. A turn without pictures keeps
+            its text as it is.
         samples: further sites and options for the conformance suite; without any, the default options at the first site are tried.
     """
 
@@ -380,6 +390,7 @@ class Method:
     training_free: ClassVar[bool] = True
     budgets: ClassVar[str] = ""
     grows: ClassVar[bool] = False
+    replaces_text: ClassVar[bool] = False
     samples: ClassVar[tuple[Sample, ...]] = ()
 
     Config: type[MethodConfig] = MethodConfig

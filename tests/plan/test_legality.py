@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests._sequence_methods import sequence_methods
 from tests.plan.conftest import TINY, Writer
 from tmc_export.core.errors import LegalityError, RecipeError, TmcError
 from tmc_export.engine.options import RTX_CAPABILITIES as ENGINE_CAPABILITIES
@@ -28,7 +29,7 @@ from tmc_export.graphs._contract import (
     Stage,
     TextEmbeds,
 )
-from tmc_export.plan.legality import RTX_CAPABILITIES
+from tmc_export.plan.legality import RTX_CAPABILITIES, check_plan
 from tmc_export.plan.make import make_plan
 from tmc_export.plan.resolve import resolve
 from tmc_export.plan.source import read_model_files
@@ -304,9 +305,51 @@ def test_needs_that_a_site_can_meet(probe: pytest.MonkeyPatch, site: str, need: 
 
 
 def test_truncated_positions(probe: pytest.MonkeyPatch, write: Writer, files: ModelFiles) -> None:
+    """Truncated positions count places; three axes of rows and columns do not."""
     probe.setattr(Probe, "positions", "truncate")
-    text = str(refused(write("at: decoder.2, method: probe"), files))
-    assert ":8:10: method 'probe' at decoder.2 truncates positions, which is not built yet" in text
+    plan, _ = make_plan(write("at: decoder.2, method: probe"), files)
+    assert plan.cuts[0].positions == "truncate"
+    with pytest.raises(LegalityError, match="truncates positions, and this model's have 3 axes") as error:
+        check_plan(write("at: decoder.2, method: probe"), replace(plan, rope_axes=3))
+    assert ":8:10: method 'probe' at decoder.2" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("at", "place", "says"),
+    [
+        ("projector", "8:5", "leaves 0 of 576 tokens, so that no decoder layer would see the picture"),
+        ("decoder.0", "8:5", "leaves 0 of 576 tokens, so that no decoder layer would see the picture"),
+    ],
+)
+def test_nothing_left_before_any_layer_saw_it(at: str, place: str, says: str, write: Writer, files: ModelFiles) -> None:
+    with sequence_methods():
+        text = str(refused(write(f"at: {at}, method: test_nothing"), files))
+    assert f":{place}: method 'test_nothing' at {at} {says}" in text
+
+
+def test_nothing_is_cut_behind_a_stage_that_leaves_nothing(write: Writer, files: ModelFiles) -> None:
+    with sequence_methods():
+        plan, _ = make_plan(write("at: decoder.3, method: test_nothing"), files)
+        text = str(refused(write("at: decoder.3, method: test_nothing", "at: decoder.5, method: fastv"), files))
+    assert ":9:10: method 'fastv' at decoder.5 gets 0 visual tokens: an earlier stage left none" in text
+    assert (plan.cuts[0].visual_out, plan.cuts[0].tokens_out, plan.blocks[1].tokens) == (0, 128, 128)
+    assert plan.blocks[1].capacity == 128 + 256
+
+
+@pytest.mark.parametrize(
+    ("entry", "inputs", "says"),
+    [
+        ("at: decoder.2, method: test_fuse", "", "only stand at decoder.0; use decoder.0"),
+        ("at: decoder.0, method: test_fuse, asks: false", "", "does not ask for it; add TextEmbeds"),
+        ("at: decoder.0, method: test_fuse", "images: 2, ", "inputs.images is 2; write scope: joint, or images: 1"),
+    ],
+)
+def test_text_is_replaced_only_where_that_is_defined(entry: str, inputs: str, says: str, write: Writer, files: ModelFiles) -> None:
+    with sequence_methods():
+        text = str(refused(write(entry, inputs=f"{inputs}text_tokens: 64, new_tokens: 64"), files))
+        assert ":8:10: method 'test_fuse' at decoder" in text and says in text
+        make_plan(write("at: decoder.0, method: test_fuse"), files)
+        make_plan(write("at: decoder.0, method: test_fuse, scope: joint", inputs="images: 2, text_tokens: 64, new_tokens: 64"), files)
 
 
 @pytest.mark.parametrize(

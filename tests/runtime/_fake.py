@@ -156,7 +156,8 @@ class FakeGraph:
         out[: len(source)] = hidden[source]
         padded = np.full(cut.tokens_out, size - 1)
         padded[: len(source)] = source
-        found = {"hidden_out": out[None], "source": padded[None], "valid_out": (np.arange(cut.tokens_out) < len(source))[None]}
+        alive = np.arange(cut.tokens_out) < len(source)
+        found = {"hidden_out": out[None], "source": padded[None], "place": padded[None], "valid_out": alive[None]}
         return {**found, "kept.0": kept.reshape(1, -1), **{f"kv.{layer}": stays[None] for layer in cut.kv}}
 
 

@@ -66,7 +66,7 @@ class CutProgram(_Frozen):
         previous: it scores with the layer before: it gets that layer's keys and query rows.
         next: it scores with the layer after: it gets the keys that earlier turns left there.
         kv: earlier layers whose KV rows it prunes.
-        methods: one per `kept.<n>`.
+        methods: one per stage, each with its `kept.<n>`; a last stage that leaves no token (`visual_out` 0) has none.
     """
 
     before_block: int

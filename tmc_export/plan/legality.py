@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from tmc_export.core.errors import LegalityError
 from tmc_export.core.facts import EncoderFacts
+from tmc_export.graphs import METHODS
 from tmc_export.graphs._contract import Attention, Features, Keys, Need, TextEmbeds
 from tmc_export.plan._weights import LINEARS
 from tmc_export.plan.memory import Room, build_memory, built_on_device, gib, run_memory, tight_helps
@@ -161,11 +162,7 @@ def check_plan(recipe: Recipe, plan: Plan) -> None:
     for cut in plan.cuts:
         for stage in cut.stages:
             _check_cut_needs(recipe, stage)
-            if stage.after.positions == "truncate":
-                raise LegalityError(
-                    f"{_at(recipe, stage)}: method '{stage.method}' at {stage.stage.at} truncates positions, which is not built yet; "
-                    "choose a method that keeps or renumbers them"
-                )
+            _check_sequence(recipe, plan, stage)
             _check_kv(recipe, plan, cut, stage)
     _check_keep(recipe, plan)
     replacing = next((v.replacing for v in plan.vision if v.replacing is not None), None)
@@ -173,6 +170,31 @@ def check_plan(recipe: Recipe, plan: Plan) -> None:
         raise LegalityError(
             f"{recipe.origin(('quantize', 'projector'))}: quantize.projector has nothing to act on: '{replacing.method}' replaces the "
             "projector, and learned weights of a method keep model.dtype; remove it"
+        )
+
+
+def _check_sequence(recipe: Recipe, plan: Plan, stage: StagePlan) -> None:
+    """What a cut may do to positions, to the prompt's text, and to the last visual token."""
+    place, name, method = _at(recipe, stage), f"method '{stage.method}' at {stage.stage.at}", METHODS.get(stage.method)
+    if stage.after.positions == "truncate" and plan.rope_axes > 1:
+        raise LegalityError(
+            f"{place}: {name} truncates positions, and this model's have {plan.rope_axes} axes: the first ones that arrived are rows and "
+            "columns of the picture, no places in the text; choose a method that keeps or renumbers them"
+        )
+    if not stage.after.tokens and stage.after.kv_rows:
+        raise LegalityError(
+            f"{place}: {name} leaves 0 tokens and still names KV rows of {_runs(sorted(stage.after.kv_rows))}; keep a token, or no KV rows"
+        )
+    if not method.replaces_text:
+        return
+    if stage.stage.at.layer:
+        raise LegalityError(f"{place}: {name} replaces the prompt's embeddings, which only stand at decoder.0; use decoder.0")
+    if not any(isinstance(need, TextEmbeds) for need in stage.stage.needs):
+        raise LegalityError(f"{place}: {name} replaces 1 text and does not ask for it; add TextEmbeds to its needs")
+    if stage.scope != "joint" and plan.images > 1:
+        raise LegalityError(
+            f"{place}: {name} replaces the prompt's text by what one picture makes of it, and inputs.images is {plan.images}; write scope: "
+            "joint, or images: 1"
         )
 
 

@@ -211,6 +211,11 @@ def _through(entry: Entry, stage: Stage, layout: Layout, facts: ModelFacts, stag
         raise LegalityError(
             f"{entry.origin()}: method '{entry.name}' at {stage.at} would keep {after.tokens} of {layout.tokens} tokens; {fix}"
         )
+    if not after.tokens and (stage.at.part != "decoder" or not stage.at.layer):
+        raise LegalityError(
+            f"{entry.origin()}: method '{entry.name}' at {stage.at} leaves 0 of {layout.tokens} tokens, so that no decoder layer would "
+            "see the picture; keep some, or use decoder.1 or later"
+        )
     _check_width(entry, stage, layout, after, facts)
     stages.append(StagePlan(entry.index, entry.name, entry.config, stage, layout, after, entry.scope, weights))
     return after
@@ -297,6 +302,11 @@ def _cut(recipe: Recipe, facts: ModelFacts, found: Sequence[tuple[Entry, Stage]]
                 f"{entry.origin('scope')}: method '{entry.name}' at {stage.at} comes after a stage of scope: joint at "
                 f"decoder.{place.mixed}, where pictures lost their own counts; a joint stage must be the last: "
                 "leave out scope: joint, or this stage"
+            )
+        if not place.visual:
+            raise LegalityError(
+                f"{entry.origin('at')}: method '{entry.name}' at {stage.at} gets 0 visual tokens: an earlier stage left none; remove the "
+                "entry, or put it first"
             )
         joint = images if entry.scope == "joint" else 1
         place.mixed = stage.at.layer if joint > 1 else place.mixed

@@ -31,7 +31,7 @@ class TurnTrace:
 
     Attributes:
         logits: float `[vocabulary]` of the last token.
-        kept: (block, stage) → int64 `[m·k]`, place among the candidates that arrived, -1 = none.
+        kept: (block, stage) → int64 `[m·k]`, place among the candidates that arrived, -1 = none, -2 = a synthetic token.
         visual: visual tokens of the turn that left each cut.
         route: which graphs ran.
     """
@@ -72,6 +72,11 @@ class _Flow:
     @property
     def pictures(self) -> bool:
         return bool((self.group > 0).any())
+
+    def truncate(self, arrived: Array) -> None:
+        """Take the first of the positions `[r, n]` that arrived, in their order."""
+        self.positions = arrived[:, : self.count]
+        self.next_position = int(self.positions.max()) + 1
 
     def renumber(self, start: int) -> None:
         """Count the positions on from `start` without gaps."""
@@ -171,10 +176,13 @@ class Decoder:
         queries: dict[str, Array] = {}
         for index, slots in enumerate(self.slots):
             if (cut := self.program.cut_before(index)) is not None:
+                arrived = flow.positions
                 if pictures:
                     flow = self._cut(cut, flow, queries, starts, trace)
                 if cut.positions == "renumber":
                     flow.renumber(slots.next_position)
+                elif cut.positions == "truncate":
+                    flow.truncate(arrived)
             slots.check_room(flow.count)
             queries = self._block(slots, flow, chosen, trace)
             slots.next_position = flow.next_position
@@ -268,18 +276,21 @@ class Decoder:
             feed |= {"next_order": after.order, "next_valid": after.valid, f"next_key.{cut.layer}": after.key(cut.layer)}
         out = self._backend.graph(cut.file).run(feed)
         for stage in range(len(cut.methods)):
-            trace.kept[(cut.before_block, stage)] = out[f"kept.{stage}"][0]
-        visual = int((out[f"kept.{len(cut.methods) - 1}"][0] >= 0).sum())
+            emptied = stage == len(cut.methods) - 1 and cut.visual_out == 0  # such a stage has no output
+            trace.kept[(cut.before_block, stage)] = np.zeros(0, np.int64) if emptied else out[f"kept.{stage}"][0]
+        visual = int((trace.kept[(cut.before_block, len(cut.methods) - 1)] != -1).sum())
         if (text := int((flow.group == 0).sum())) + visual > cut.tokens_out:
             raise RuntimeInputError(
                 f"the prompt has {text} text tokens beside pictures, the bundle takes {cut.tokens_out - visual} behind the cut at layer "
                 f"{cut.layer}; shorten it, or build with a larger inputs.text_tokens"
             )
+        left = text + visual
+        if not left:
+            raise RuntimeInputError(f"nothing is left of the prompt behind the cut at layer {cut.layer}; write a question")
         trace.visual.append(visual)
         self._prune_earlier(cut, out, starts, count)
-        left = text + visual
-        source = out["source"][0, :left]
-        return _Flow(out["hidden_out"][0, :left], flow.positions[:, source], flow.order[source], flow.group[source], flow.next_position)
+        origin, place = out["source"][0, :left], out["place"][0, :left]
+        return _Flow(out["hidden_out"][0, :left], flow.positions[:, origin], flow.order[place], flow.group[origin], flow.next_position)
 
     def _candidates(self, cut: CutProgram, flow: _Flow) -> tuple[Array, Array]:
         """Places of the visual tokens, per picture padded to the bucket: int64 and bool `[m·v]`."""

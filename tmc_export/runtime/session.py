@@ -59,7 +59,7 @@ class Answer:
         finish: `eos`, `length`, `stop` (a stop string) or `context` (no slot is free).
         prompt_tokens: tokens of the turn as the decoder got them, visual tokens included.
         visual_tokens: visual tokens after each block's cut, block by block.
-        kept: `"<block>.<stage>"` → per picture, the kept places among the tokens that arrived there.
+        kept: `"<block>.<stage>"` → per picture, the kept places among the tokens that arrived there; -1 = a synthetic token.
         timings: see `Timings`.
     """
 
@@ -306,7 +306,10 @@ class Session:
         for (block, stage), places in trace.kept.items():
             cut = self.program.cut_before(block)
             each = (cut.visual_in if cut else 0) // max(self.program.images, 1)
-            pictures = [[int(p) % each for p in places if p >= 0 and int(p) // each == i] for i in range(self.program.images)]
+            pictures: list[list[int]] = [[] for _ in range(self.program.images)]
+            rows = max(places.shape[0] // max(self.program.images, 1), 1)
+            for row, place in ((n, int(p)) for n, p in enumerate(places) if p != -1):  # -2: synthetic, of the picture whose row it is
+                pictures[place // each if place >= 0 else row // rows].append(place % each if place >= 0 else -1)
             found[f"{block}.{stage}"] = tuple(tuple(p) for p in pictures)
         return found
 

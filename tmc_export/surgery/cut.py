@@ -4,8 +4,9 @@ Inputs, in order: `hidden [b, S, c]`, `positions [r, b, S]`, `order [b, S]`, `va
 `candidates [b, m·v]` (places of the visual tokens in S), `candidate_valid [b, m·v]`, `last [b]`; for attention of the layer before:
 `slots [b, S]` (KV slot of each token), `slot_order`, `slot_valid` `[b, C]`, `query.<l>` and `key.<l>` `[b, g, C, d]`; for attention of the
 layer after: `next_order`, `next_valid` `[b, C']` and `key.<l>` `[b, g, C', d]` (what earlier turns left in the next block).
-Outputs: `hidden_out [b, S', c]`, `source [b, S']` (place in S), `valid_out [b, S']`, then per stage `kept.<n>` `[b, m·k]` (place among the
-arriving candidates, ascending) and `kv.<l>` `[b, S]` where the method prunes KV of an earlier layer.
+Outputs: `hidden_out [b, S', c]`, `source` and `place` `[b, S']` (which token of S a token has its rotary position, and its place in the
+conversation, from; see `sequence`), `valid_out [b, S']`, then per stage `kept.<n>` `[b, m·k]` (index among the arriving candidates, -2
+synthetic, -1 none; a stage that leaves no token has no such output) and `kv.<l>` `[b, S]` where the method prunes KV of an earlier layer.
 The KV of the whole turn is in the slots when this graph runs, so that the scores do not depend on bucket, chunking or context.
 """
 
@@ -23,7 +24,8 @@ from tmc_export.graphs._contract import Attention, Compressed, Context, Need, Te
 from tmc_export.plan.types import CutPlan, StagePlan
 from tmc_export.surgery.attention import AttentionState, additive_mask, expand_heads, recording
 from tmc_export.surgery.learned import Learned
-from tmc_export.surgery.stages import attention_scores, captured_or_raise, gather_rows, run_stage
+from tmc_export.surgery.sequence import Candidates, arriving, assemble, leave, members
+from tmc_export.surgery.stages import attention_scores, captured_or_raise, run_stage
 
 if TYPE_CHECKING:
     from tmc_export.families._contract import DecoderParts
@@ -41,16 +43,6 @@ class _Turn:
     valid: Tensor
     last: Tensor
     text: Tensor  # [b, S] bool
-
-
-@dataclass(frozen=True)
-class _Candidates:
-    """The visual tokens that are left after some of the stages: `[b, m·v, c]` and three times `[b, m·v]`."""
-
-    tokens: Tensor
-    place: Tensor  # in S
-    alive: Tensor
-    index: Tensor  # among those that arrived
 
 
 class Cut(nn.Module):
@@ -92,7 +84,8 @@ class Cut(nn.Module):
 
     def output_names(self) -> list[str]:
         """Names of the outputs, in the order of `forward`."""
-        names = ["hidden_out", "source", "valid_out", *(f"kept.{n}" for n in range(len(self.plan.stages)))]
+        kept = [f"kept.{n}" for n, stage in enumerate(self.plan.stages) if stage.after.tokens]
+        names = ["hidden_out", "source", "place", "valid_out", *kept]
         return names + [f"kv.{layer}" for layer in sorted({i for s in self.plan.stages for i in s.after.kv_rows})]
 
     def forward(
@@ -111,30 +104,35 @@ class Cut(nn.Module):
         turn = _Turn(hidden, positions, order, valid, last, valid & (group == 0))
         scores = self._previous_scores(turn, side)
         scores |= self._next_scores(turn, side)
-        index = torch.arange(candidates.shape[1]).expand(candidates.shape)
-        left = _Candidates(gather_rows(hidden, candidates), candidates, candidate_valid, index)
+        left: Candidates | None = arriving(hidden, candidates, candidate_valid)
         states: dict[int, dict[str, Tensor]] = {}
         kept: list[Tensor] = []
         kv: dict[int, Tensor] = {}
         for stage in self.plan.stages:
+            if left is None or stage.after.tokens == 0:  # nothing to compute: only the text goes on
+                left = None
+                continue
             result = self._run(stage, turn, left, scores, states)
+            if result.text is not None:
+                hidden = torch.where(turn.text[:, :, None], result.text.to(hidden.dtype), hidden)
             for layer, rows in result.kv.items():
                 chosen = self._unfold_index(stage, rows, left.place)
-                kv[layer] = _members(left.place.gather(1, chosen), left.alive.gather(1, chosen), hidden.shape[1])
-            left = self._after(stage, result, left)
-            kept.append(torch.where(left.alive, left.index, -1))
-        return (*self._assemble(turn, left), *kept, *[kv[layer] | turn.text for layer in sorted(kv)])
+                listed = (left.alive & (left.index >= 0)).gather(1, chosen) & (rows >= 0).reshape(chosen.shape)
+                kv[layer] = members(left.origin.gather(1, chosen), listed, hidden.shape[1])
+            left = leave(left, result, self._fold(stage))
+            kept.append(left.report())
+        return (*assemble(hidden, turn.text, left, self.plan.tokens_out), *kept, *[kv[layer] | turn.text for layer in sorted(kv)])
 
     # ------------------------------------------------------------------------------------------------- one stage
     def _run(
-        self, stage: StagePlan, turn: _Turn, left: _Candidates, scores: dict[Need, Tensor], states: dict[int, dict[str, Tensor]]
+        self, stage: StagePlan, turn: _Turn, left: Candidates, scores: dict[Need, Tensor], states: dict[int, dict[str, Tensor]]
     ) -> Compressed:
         """Run a stage on every picture by itself, or on all of them (`joint`); `states` gets what it hands on."""
-        fold = self.images if stage.scope == "image" else 1
+        fold = self._fold(stage)
         batch, count = left.place.shape
         axes = turn.positions.shape[0]
-        at_place = turn.positions.gather(2, left.place[None].expand(axes, -1, -1)).reshape(axes, batch * fold, count // fold)
-        captured = {n: _fold_columns(s.gather(-1, _like(left.place, s)), fold) for n, s in scores.items()}
+        at_place = turn.positions.gather(2, left.origin[None].expand(axes, -1, -1)).reshape(axes, batch * fold, count // fold)
+        captured = {n: _fold_columns(s.gather(-1, _like(left.origin, s)), fold) for n, s in scores.items()}
         wants_text = any(isinstance(n, TextEmbeds) for n in stage.stage.needs)
         context = Context(
             layout=stage.before,
@@ -152,19 +150,12 @@ class Cut(nn.Module):
         states[stage.entry] = dict(result.state)
         return result
 
-    def _after(self, stage: StagePlan, result: Compressed, left: _Candidates) -> _Candidates:
-        """Move places and indices along with what a stage kept."""
-        picked = self._unfold_index(stage, result.source, left.place)
-        tokens, alive = self._unfold(stage, result.tokens), self._unfold(stage, result.valid)
-        return _Candidates(tokens, left.place.gather(1, picked), alive, left.index.gather(1, picked))
-
-    def _unfold(self, stage: StagePlan, tensor: Tensor) -> Tensor:
-        fold = self.images if stage.scope == "image" else 1
-        return tensor.reshape(tensor.shape[0] // fold, fold * tensor.shape[1], *tensor.shape[2:])
+    def _fold(self, stage: StagePlan) -> int:
+        return self.images if stage.scope == "image" else 1
 
     def _unfold_index(self, stage: StagePlan, index: Tensor, place: Tensor) -> Tensor:
         """Per-picture candidate indices → indices into all candidates `[b, m·k]`."""
-        fold = self.images if stage.scope == "image" else 1
+        fold = self._fold(stage)
         batch, count = index.shape
         offset = torch.arange(fold) * (place.shape[1] // fold)
         return (index.clamp(min=0).reshape(batch // fold, fold, count) + offset[None, :, None]).reshape(batch // fold, fold * count)
@@ -217,22 +208,6 @@ class Cut(nn.Module):
             return query, turn.order, turn.valid
         raise ExportError(f"attention rows '{need.rows}' are not captured at a decoder cut; 'last' and 'all' are")
 
-    # ------------------------------------------------------------------------------------------------- assembly
-    def _assemble(self, turn: _Turn, left: _Candidates) -> tuple[Tensor, Tensor, Tensor]:
-        """Put text and kept tokens back in order: kept places are counted, so no sort and no data-dependent shape."""
-        hidden, place, alive = turn.hidden, left.place, left.alive
-        count = hidden.shape[1]
-        visual = _members(place, alive, count)
-        rank = (turn.text | visual).long().cumsum(1)
-        target = torch.arange(self.plan.tokens_out)
-        source = (rank[:, None, :] <= target[None, :, None]).long().sum(-1).clamp(max=count - 1)
-        valid = target[None] < rank[:, -1:]
-        same = (place[:, None, :] == source[:, :, None]) & alive[:, None, :]
-        row = (same.long() * torch.arange(place.shape[1])).sum(-1)
-        index = torch.where(same.any(-1), count + row, source)
-        merged = gather_rows(torch.cat([hidden, left.tokens.to(hidden.dtype)], 1), index)
-        return torch.where(valid[:, :, None], merged, 0.0).to(hidden.dtype), source, valid
-
 
 def _like(index: Tensor, scores: Tensor) -> Tensor:
     """Expand `[b, n]` to gather along the last axis of `scores [b, …, s]`."""
@@ -247,8 +222,3 @@ def _fold_columns(columns: Tensor, fold: int) -> Tensor:
         return columns
     shaped = columns.reshape(*columns.shape[:-1], fold, columns.shape[-1] // fold)
     return shaped.movedim(-2, 1).flatten(0, 1)
-
-
-def _members(place: Tensor, alive: Tensor, count: int) -> Tensor:
-    """Which of `count` places occur among the live ones: `[b, k]` → bool `[b, count]`."""
-    return ((place[:, None, :] == torch.arange(count)[None, :, None]) & alive[:, None, :]).any(-1)

@@ -86,6 +86,12 @@ def run_stage(plan: StagePlan, tokens: Tensor, context: Context) -> Compressed:
                 f"method '{plan.method}' at {plan.stage.at} returned {name} {list(got)}, "
                 f"its layout says {list(planned)}; mend its layout or apply"
             )
+    if result.text is not None and (not method.replaces_text or context.text is None or result.text.shape != context.text.shape):
+        given = None if context.text is None else list(context.text.shape)
+        raise ExportError(
+            f"method '{plan.method}' at {plan.stage.at} returned text {list(result.text.shape)}, it was given {given}; a method that "
+            "returns text sets replaces_text, asks for TextEmbeds and returns as many tokens"
+        )
     return result
 
 

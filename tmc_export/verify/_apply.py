@@ -68,7 +68,10 @@ def apply_stage(plan: StagePlan, tokens: Tensor, context: Context, picture: int,
     if tuple(result.tokens.shape[:2]) != (1, plan.after.tokens) or tuple(result.source.shape) != (1, plan.after.tokens):
         raise ExportError(f"{where} returned tokens {list(result.tokens.shape)}, its layout says {plan.after.tokens}; mend one of them")
     if result.text is not None:
-        raise ExportError(f"{where} replaces the text tokens, which the reference does not carry")
+        if not method.replaces_text or context.text is None:
+            raise ExportError(f"{where} returned text tokens; only a method with replaces_text that asks for TextEmbeds may")
+        if result.text.shape != context.text.shape:
+            raise ExportError(f"{where} returned text {list(result.text.shape)}, it was given {list(context.text.shape)}; return as many")
     scores = _scores(context.captured)
     kept = result.source[0]
     trace = StageTrace(

@@ -13,16 +13,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tmc_export.core.errors import ExportError
+from tmc_export.core.errors import ExportError, RuntimeInputError
 from tmc_export.graphs._contract import Attention, Context, Need, TextEmbeds
 from tmc_export.plan.types import CutPlan, Plan, StagePlan
 from tmc_export.verify._apply import apply_stage, from_weights
 from tmc_export.verify._learned import MethodWeights
 from tmc_export.verify._queries import queries_of
+from tmc_export.verify._sequence import Tokens, leave, number_candidates, rows_that_leave, side_by_side
 from tmc_export.verify._towers import ReferenceModel
 from tmc_export.verify._trace import BlockTrace, StageTrace
 
-__all__ = ["Cache", "Decoder", "Tokens"]
+__all__ = ["Cache", "Decoder"]
 
 
 class Cache:
@@ -62,47 +63,13 @@ class Cache:
         self.orders[layer] = self.orders[layer][keep]
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """The tokens of a turn at one depth.
-
-    Attributes:
-        hidden: `[1, T, c]`.
-        positions: `[r, 1, T]` rotary positions.
-        order: `[T]` places in the conversation.
-        group: `[T]` 0 text, else the picture's number within the turn.
-        source: `[T]` original index among the picture's uncompressed tokens (text: -1).
-        arrival: `[T]` index among the picture's tokens (all pictures', at a cut with a joint stage) as they reached the last cut.
-        joint: a stage saw all pictures at once, so that budgets per picture have no meaning any more.
-    """
-
-    hidden: Tensor
-    positions: Tensor
-    order: Tensor
-    group: Tensor
-    source: Tensor
-    arrival: Tensor
-    joint: bool = False
-
-    def take(self, rows: Tensor) -> Tokens:
-        """Return the tokens at `rows`."""
-        return replace(
-            self,
-            hidden=self.hidden[:, rows],
-            positions=self.positions[:, :, rows],
-            order=self.order[rows],
-            group=self.group[rows],
-            source=self.source[rows],
-            arrival=self.arrival[rows],
-        )
-
-
 @dataclass
 class _Cut:
-    """What the stages of one cut share: attention rows, the states of their recipe entries, and the rows to take from earlier KV."""
+    """What the stages of one cut share: attention rows, the places of the tokens that arrived, the prompt's text, the states of recipe
+    entries, and the places to leave in earlier KV."""
 
     weights: Mapping[Literal["previous", "next"], Tensor]
-    columns: Tensor
+    order: Tensor
     text: Tensor
     states: dict[tuple[int, int], dict[str, Tensor]] = field(default_factory=dict)
     kv: dict[int, list[Tensor]] = field(default_factory=dict)
@@ -175,7 +142,7 @@ class Decoder:
         self.positions = positions
         order = torch.arange(self.places, self.places + count)
         self.places += count
-        tokens = Tokens(hidden, positions[:, None], order, group, source, _arrival(group, joint=False))
+        tokens = Tokens(hidden, positions[:, None], order, group, source, number_candidates(group, joint=False), torch.arange(count))
         text = hidden[:, group == 0]
         states: dict[tuple[int, int], dict[str, Tensor]] = {}
         opened = tokens
@@ -251,19 +218,27 @@ class Decoder:
     # -------------------------------------------------------------------------------------------------------------- cuts
     def _cross(self, cut: CutPlan, tokens: Tokens, text: Tensor, states: dict[tuple[int, int], dict[str, Tensor]], select: bool) -> Tokens:
         """Run a cut's stages, if they are to run, and number the positions anew, if the cut does that."""
+        arrived = tokens.positions
         if select and bool((tokens.group > 0).any()):
             weights: dict[Literal["previous", "next"], Tensor] = {}
             if cut.attention("previous"):
                 weights["previous"] = self._weights[cut.layer - 1]
             if cut.attention("next"):
                 weights["next"] = self._next_weights(cut.layer, tokens)
-            shared = _Cut(weights, torch.arange(tokens.hidden.shape[1]), text, states)
+            shared = _Cut(weights, tokens.order, text, states)
             joint = tokens.joint or any(s.scope == "joint" for s in cut.stages)
-            tokens = replace(tokens, arrival=_arrival(tokens.group, joint))
+            count = tokens.hidden.shape[1]
+            tokens = replace(tokens, arrival=number_candidates(tokens.group, joint), column=torch.arange(count))
             for stage in cut.stages:
                 tokens = self._stage(stage, tokens, shared)
+            if not tokens.hidden.shape[1]:
+                raise RuntimeInputError(f"nothing is left of the prompt behind the cut at layer {cut.layer}; write a question")
             for layer, orders in shared.kv.items():
                 self.cache.prune(layer, self.turn_visual[~torch.isin(self.turn_visual, torch.cat(orders))])
+        if cut.positions == "truncate" and select:
+            first = arrived[:, :, : tokens.hidden.shape[1]]
+            self.next_position[cut.layer] = int(first.max()) + 1
+            return replace(tokens, positions=first)
         if cut.positions != "keep":
             tokens = replace(tokens, positions=self._count_on(cut.layer, tokens.hidden.shape[1])[:, None])
         return tokens
@@ -275,23 +250,23 @@ class Decoder:
             raise ExportError(f"{where} counts per picture, after a stage of scope joint mixed them; use scope: joint")
         joint = stage.scope == "joint"
         pictures = [0] if joint else sorted({int(g) for g in tokens.group if g > 0})
-        stays = tokens.group == 0
-        hidden = tokens.hidden.clone()
+        pieces = [tokens.take(torch.nonzero(tokens.group == 0)[:, 0])]
         for picture in pictures:
             rows = torch.nonzero(tokens.group > 0 if joint else tokens.group == picture)[:, 0]
-            kept, values = self._one(stage, tokens, rows, picture, cut)
-            stays[kept] = True
-            hidden[:, kept] = values.to(hidden.dtype)
-        rows = torch.nonzero(stays)[:, 0]
-        cut.columns = cut.columns[rows]
-        return replace(tokens, hidden=hidden, joint=joint or tokens.joint).take(rows)
+            left, text = self._one(stage, tokens, rows, picture, cut)
+            pieces.append(left)
+            if text is not None:
+                pieces[0] = replace(pieces[0], hidden=text.to(tokens.hidden.dtype))
+        return replace(side_by_side(pieces), joint=joint or tokens.joint)
 
-    def _one(self, stage: StagePlan, tokens: Tokens, rows: Tensor, picture: int, cut: _Cut) -> tuple[Tensor, Tensor]:
-        """Apply a stage to the tokens at `rows`; return the rows whose places are taken `[k]` and their new values `[1, k, c]`."""
+    def _one(self, stage: StagePlan, tokens: Tokens, rows: Tensor, picture: int, cut: _Cut) -> tuple[Tokens, Tensor | None]:
+        """Apply a stage to the tokens at `rows`; return what leaves, and the text tokens `[1, m, c]` where it replaces them."""
+        where = f"method '{stage.method}' at {stage.stage.at}"
         sizes = {v.tokens for v in self.plan.vision}  # a picture of a smaller bucket leaves places of the stage empty
-        padding = stage.before.tokens - rows.shape[0] if stage.scope == "joint" or len(sizes) > 1 else 0
+        count = rows.shape[0]
+        padding = stage.before.tokens - count if stage.scope == "joint" or len(sizes) > 1 else 0
         padded = torch.cat([rows, rows[:1].expand(max(padding, 0))])
-        valid = (torch.arange(padded.shape[0]) < rows.shape[0])[None]
+        valid = (torch.arange(padded.shape[0]) < count)[None]
         context = Context(
             layout=stage.before,
             facts=self.plan.facts,
@@ -300,34 +275,36 @@ class Decoder:
             positions=tokens.positions[:, :, padded],
             text=cut.text if any(isinstance(n, TextEmbeds) for n in stage.stage.needs) else None,
             text_valid=torch.ones(1, cut.text.shape[1], dtype=torch.bool),
-            captured={n: self._columns(n, cut, padded, str(stage.stage.at)) for n in stage.stage.needs if not isinstance(n, TextEmbeds)},
+            captured={n: self._columns(n, cut, tokens, padded, where) for n in stage.stage.needs if not isinstance(n, TextEmbeds)},
             state=cut.states.get((stage.entry, picture), {}),
             weights=self.learned.of(stage),
         )
         applied = apply_stage(stage, tokens.hidden[:, padded], context, picture, self.noise)
         result = applied.result
         cut.states[stage.entry, picture] = dict(result.state)
-        if bool((result.source < 0).any()) or bool((result.source[0].diff() <= 0).any()):
-            where = f"method '{stage.method}' at {stage.stage.at}"
-            raise ExportError(f"{where} returned sources that do not rise; in the decoder every token takes the place of a candidate")
-        alive = result.valid[0]
-        local = result.source[0][alive]
-        arrival = tokens.arrival[rows]
-        scores = applied.trace.scores if torch.equal(arrival[local], local) else None  # else `kept` counts in another order
-        source = applied.trace.source[alive.numpy()]
-        self.stages.append(replace(applied.trace, kept=arrival[local].numpy(), source=source, scores=scores))
-        for layer, listed in result.kv.items():
-            inside = listed[0][(listed[0] >= 0) & (listed[0] < rows.shape[0])]
-            cut.kv.setdefault(layer, []).append(tokens.order[rows[inside]])
-        return rows[local], result.tokens[:, alive]
+        alive, listed = rows_that_leave(result, count, where)
+        left = leave(tokens, rows, listed, result.tokens[:, alive])
+        real, source = left.arrival >= 0, result.source[0][alive]
+        scores = applied.trace.scores if torch.equal(left.arrival[real], source[real]) else None  # else `kept` counts in another order
+        self.stages.append(replace(applied.trace, kept=left.arrival.numpy(), source=applied.trace.source[alive.numpy()], scores=scores))
+        for layer, named in result.kv.items():
+            inside = rows[named[0][(named[0] >= 0) & (named[0] < count)]]
+            if bool((tokens.arrival[inside] < 0).any()):
+                raise ExportError(
+                    f"{where} names a token for the KV of layer {layer} that a stage of the same cut made; no layer has seen it"
+                )
+            cut.kv.setdefault(layer, []).append(cut.order[tokens.column[inside]])
+        return left, result.text
 
-    def _columns(self, need: Need, cut: _Cut, rows: Tensor, place: str) -> Tensor:
+    def _columns(self, need: Need, cut: _Cut, tokens: Tokens, rows: Tensor, place: str) -> Tensor:
         """Attention over the candidates: the turn's own columns are the last ones of all keys."""
         if not isinstance(need, Attention) or need.rows == "cls":
             raise ExportError(f"the reference does not capture {need} at {place}; attention rows 'last' and 'all' and text embeddings are")
+        if bool((tokens.arrival[rows] < 0).any()):
+            raise ExportError(f"{place} asks for attention on tokens that a stage of the same cut made; no layer has seen them")
         weights = cut.weights[need.layer]
         past = weights.shape[-1] - weights.shape[-2]
-        return from_weights(weights, need, place)[..., past + cut.columns[rows]]
+        return from_weights(weights, need, place)[..., past + tokens.column[rows]]
 
     # ------------------------------------------------------------------------------------------------------------ report
     def _report(self, opened: Tokens, closed: Tokens, layer: int) -> None:
@@ -354,14 +331,3 @@ class Decoder:
                 queries={i: self._queries[i].float().numpy().copy() for i in layers if i in self._queries},
             )
         )
-
-
-def _arrival(group: Tensor, joint: bool) -> Tensor:
-    """Number every visual token within its picture, or within all of them: `[T]`."""
-    if joint:
-        return (group > 0).long().cumsum(0) - 1
-    found = torch.zeros_like(group)
-    for picture in {int(g) for g in group if g > 0}:
-        mine = group == picture
-        found[mine] = torch.arange(int(mine.sum()))
-    return found

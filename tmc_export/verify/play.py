@@ -6,6 +6,7 @@ Legend: n tokens of the turn, v visual tokens of a picture, m pictures of the bu
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-__all__ = ["by_cut", "expected_places", "is_tie", "play"]
+__all__ = ["by_cut", "expected_places", "is_tie", "live_places", "play"]
 
 
 def play(session: Session, cases: Iterable[Case], tolerance: Tolerance, precision: str, route: Route = "auto") -> tuple[Check, ...]:
@@ -109,9 +110,14 @@ def by_cut(stages: Sequence[StageTrace], layer: int) -> list[list[StageTrace]]:
 
 
 def expected_places(traces: Sequence[StageTrace], cut: CutProgram, images: int) -> Array:
-    """Return the live places `[≤ m·k]` among the bucket's `m·v` candidates: picture p's begin at p·v."""
+    """Return the live places `[≤ m·k]` among the bucket's `m·v` candidates: picture p's begin at p·v; a synthetic token has -1."""
     each = cut.visual_in // max(images, 1)
-    return np.concatenate([t.kept + (t.picture - 1) * each if t.picture else t.kept for t in traces])
+    return np.concatenate([np.where(t.kept < 0, -1, t.kept + max(t.picture - 1, 0) * each) for t in traces])
+
+
+def live_places(got: Array | None) -> Array | None:
+    """Return the rows of a `kept.<n>` that hold a token, as `expected_places` has them."""
+    return None if got is None else np.maximum(got[got != -1], -1)
 
 
 def is_tie(traces: Sequence[StageTrace], got: Array | None, cut: CutProgram, images: int, bound: float) -> bool:
@@ -119,7 +125,7 @@ def is_tie(traces: Sequence[StageTrace], got: Array | None, cut: CutProgram, ima
 
     Args:
         traces: one stage of a cut, one trace per picture, or a single one for all of them.
-        got: live places `[≤ m·k]` among the bucket's candidates.
+        got: live places `[≤ m·k]` among the bucket's candidates; synthetic tokens (-1) are no choice.
         cut: the cut.
         images: m.
         bound: of the k-th margin.
@@ -129,8 +135,8 @@ def is_tie(traces: Sequence[StageTrace], got: Array | None, cut: CutProgram, ima
         return False
     for trace in traces:
         first = (trace.picture - 1) * each
-        mine = got[(got >= first) & (got < first + each)] - first if trace.picture else got
-        if not trace.excuses(mine, bound):
+        mine = got[(got >= first) & (got < first + each)] - first if trace.picture else got[got >= 0]
+        if not replace(trace, kept=trace.kept[trace.kept >= 0]).excuses(mine, bound):
             return False
     return True
 
@@ -139,7 +145,7 @@ def _kept(name: str, cut: CutProgram, trace: TurnTrace, stages: Sequence[StageTr
     """Compare what a cut kept, stage by stage."""
     for number, traces in enumerate(by_cut(stages, cut.layer)):
         got = trace.kept.get((cut.before_block, number))
-        live = None if got is None else got[got >= 0]
+        live = live_places(got)
         tied = is_tie(traces, live, cut, images, margin_bound(precision))
         margins = [t.margin for t in traces if t.margin is not None]
         label = f"{name}/{traces[0].method} at {traces[0].at}"

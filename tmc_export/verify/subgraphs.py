@@ -19,7 +19,7 @@ from tmc_export.runtime._backend import Backend, BackendOptions, open_backend
 from tmc_export.runtime._chat import expand_image_tokens
 from tmc_export.verify._trace import BlockTrace
 from tmc_export.verify.compare import Check, compare_indices, compare_tensor
-from tmc_export.verify.play import by_cut, expected_places, is_tie
+from tmc_export.verify.play import by_cut, expected_places, is_tie, live_places
 from tmc_export.verify.recorded import Case, CaseTurn
 from tmc_export.verify.tolerances import Tolerance, margin_bound
 
@@ -159,7 +159,8 @@ class _Runner:
         label = f"{name}/cut before block {cut.before_block}"
         for number, traces in enumerate(by_cut(turn.expected.stages, cut.layer)):
             got = out.get(f"kept.{number}")
-            live = None if got is None else got[0][got[0] >= 0]
+            emptied = number == len(cut.methods) - 1 and cut.visual_out == 0  # such a stage has no output
+            live = np.zeros(0, np.int64) if emptied else live_places(None if got is None else got[0])
             check = compare_indices(
                 f"{label}/{traces[0].method}",
                 live,
@@ -174,8 +175,11 @@ class _Runner:
             return
         left = int(out["valid_out"].sum()) if "valid_out" in out else 0
         rows = out["hidden_out"][0, :left] if "hidden_out" in out else None
-        places = order[out["source"][0, :left]] if "source" in out else None
+        places = order[out["place"][0, :left]] if "place" in out else None
         yield compare_indices(f"{label}/places", places, after.order, tied=False, subgraph=cut.file)
+        if cut.positions == "keep":
+            origins = positions[:, out["source"][0, :left]] if "source" in out else None
+            yield compare_indices(f"{label}/positions", origins, after.positions, tied=False, subgraph=cut.file)
         yield compare_tensor(f"{label}/hidden", rows, after.hidden_in, self.tolerance, cut.file)
 
     def _arriving(self, turn: CaseTurn, before: BlockTrace | None) -> tuple[Array, Array, Array, Array]:
