@@ -9,7 +9,7 @@ from pydantic import Field
 
 from tmc_export.core.facts import ModelFacts
 from tmc_export.graphs import register
-from tmc_export.graphs._attention import Shapes, attend
+from tmc_export.graphs._attention import Shapes, attend, need_fewer
 from tmc_export.graphs._checks import need_grid, need_site
 from tmc_export.graphs._contract import (
     Compressed,
@@ -46,12 +46,16 @@ class LlamaVid(Method):
     - context: `value(mean over text tokens of softmax(Q key(V)^T / sqrt(c)) V)`, one token;
     - content: the means of V over windows of `h // grid` x `w // grid`, what fills no window left out, through the projector.
 
-    Shapes (b batch, n = h*w candidates, m text tokens, c encoder width, d decoder width): tokens `[b, n, c]` and text `[b, m, d]` ->
-    `[b, 1 + k, d]`, k the number of windows. All tokens are synthetic; `assign` names the content token of each candidate.
+    The content is made in the projector's place, where no prompt is known, behind an empty row; V is handed on, and on the assembled
+    embeddings, before any layer, the context fills that row.
+
+    Shapes (b batch, n = h*w candidates, m text tokens, c encoder width, d decoder width): tokens `[b, n, c]` -> `[b, 1 + k, d]` at
+    `projector.replace`, k the number of windows, with state `[b, n, c]`; `[b, 1 + k, d]` and text `[b, m, d]` -> `[b, 1 + k, d]` at
+    `decoder.0`. The tokens are synthetic; `assign` names the content token of each candidate.
 
     >>> from tmc_export.graphs._synthetic import context_for
     >>> config = LlamaVid.Config(grid=2)
-    >>> stage, tokens, context = context_for(LlamaVid, config, "projector.replace", seed=0)
+    >>> stage, tokens, context = context_for(LlamaVid, config, "projector.replace", index=1, seed=0)
     >>> LlamaVid.apply(stage, tokens, context, config).tokens.shape[1:]
     torch.Size([5, 96])
 
@@ -97,9 +101,9 @@ class LlamaVid(Method):
 
     @staticmethod
     def stages(at: Site, config: LlamaVid.Config, facts: ModelFacts) -> tuple[Stage, ...]:
-        """One cut, in the projector's place, which reads the text."""
+        """The content in the projector's place, the context on the assembled embeddings, which reads the text."""
         need_site("llama_vid", at, "projector.replace")
-        return (Stage(at, (_need(config),)),)
+        return Stage(at), Stage(Site("decoder", 0), (_need(config),), 1)
 
     @staticmethod
     def weights(config: LlamaVid.Config, facts: ModelFacts) -> Mapping[str, tuple[int, ...]]:
@@ -113,7 +117,10 @@ class LlamaVid(Method):
 
     @staticmethod
     def layout(stage: Stage, layout: Layout, config: LlamaVid.Config, facts: ModelFacts) -> Layout:
-        """The context token, and the content's raster."""
+        """The context token, and the content's raster; the second cut changes no count."""
+        if stage.index == 1:
+            need_fewer("llama_vid", f"grid: {config.grid}", 1 + config.grid**2, layout.tokens, stage.at)
+            return layout
         h, w = need_grid("llama_vid", layout, stage.at)
         if config.grid > min(h, w):
             raise ValueError(f"grid: {config.grid} is larger than the {h}x{w} raster at {stage.at}; lower it to at most {min(h, w)}")
@@ -126,31 +133,46 @@ class LlamaVid(Method):
 
     @staticmethod
     def apply(stage: Stage, tokens: Tensor, context: Context, config: LlamaVid.Config) -> Compressed:
-        """Ask for the context and pool the content."""
-        import torch
-        from torch.nn import functional
+        """Pool the content, or ask for the context."""
+        return _context(tokens, context, config) if stage.index == 1 else _content(stage, tokens, context, config)
 
-        first, weights = context.layout.class_tokens, context.weights
-        raster = need_grid("llama_vid", context.layout, stage.at)
-        patches, valid = tokens[:, first:], context.valid[:, first:]
-        asked = _asked(patches, valid, context, config)
-        window = _membership(raster, config.grid)
-        count = window @ valid.float().unsqueeze(2)
-        content = (window @ (patches.float() * valid.float().unsqueeze(2)) / count.clamp_min(1.0)).to(tokens.dtype)
-        if config.projector == "linear":
-            content = dense(content, weights, "mm_projector")
-        else:
-            content = dense(functional.gelu(dense(content, weights, "mm_projector.0")), weights, "mm_projector.2")
-        b, k = tokens.shape[0], 1 + content.shape[1]
-        some = valid.float().amax(dim=1, keepdim=True) > 0
-        assign = torch.where(window.sum(dim=0) > 0, window.argmax(dim=0) + 1, -1)
-        assign = torch.cat([torch.full((first,), -1, dtype=torch.int64), assign]).unsqueeze(0).expand(b, -1)
-        return Compressed(
-            torch.cat([dense(asked, weights, "vlm_att_val_projector"), content], dim=1),
-            torch.full((b, k), -1, dtype=torch.int64),
-            torch.cat([some, count.squeeze(2) > 0], dim=1),
-            assign=assign.contiguous(),
-        )
+
+def _content(stage: Stage, tokens: Tensor, context: Context, config: LlamaVid.Config) -> Compressed:
+    """Return an empty row and the content tokens; the patches go on as state."""
+    import torch
+    from torch.nn import functional
+
+    first, weights = context.layout.class_tokens, context.weights
+    raster = need_grid("llama_vid", context.layout, stage.at)
+    patches, valid = tokens[:, first:], context.valid[:, first:]
+    window = _membership(raster, config.grid)
+    count = window @ valid.float().unsqueeze(2)
+    content = (window @ (patches.float() * valid.float().unsqueeze(2)) / count.clamp_min(1.0)).to(tokens.dtype)
+    if config.projector == "linear":
+        content = dense(content, weights, "mm_projector")
+    else:
+        content = dense(functional.gelu(dense(content, weights, "mm_projector.0")), weights, "mm_projector.2")
+    b, k = tokens.shape[0], 1 + content.shape[1]
+    some = valid.float().amax(dim=1, keepdim=True) > 0
+    assign = torch.where(window.sum(dim=0) > 0, window.argmax(dim=0) + 1, -1)
+    assign = torch.cat([torch.full((first,), -1, dtype=torch.int64), assign]).unsqueeze(0).expand(b, -1)
+    return Compressed(
+        torch.cat([torch.zeros_like(content[:, :1]), content], dim=1),
+        torch.full((b, k), -1, dtype=torch.int64),
+        torch.cat([some, count.squeeze(2) > 0], dim=1),
+        assign=assign.contiguous(),
+        state={"patches": patches, "seen": valid},
+    )
+
+
+def _context(tokens: Tensor, context: Context, config: LlamaVid.Config) -> Compressed:
+    """Return the tokens with the context in their first row."""
+    import torch
+
+    asked = _asked(context.state["patches"], context.state["seen"], context, config)
+    found = dense(asked, context.weights, "vlm_att_val_projector")
+    index = torch.arange(tokens.shape[1]).unsqueeze(0).expand(tokens.shape[0], -1)
+    return Compressed(torch.cat([found, tokens[:, 1:]], dim=1), index.contiguous(), context.valid)
 
 
 def _need(config: LlamaVid.Config) -> Need:
@@ -166,7 +188,7 @@ def _asked(patches: Tensor, valid: Tensor, context: Context, config: LlamaVid.Co
         text = context.captured[need].unsqueeze(1)
         asking = torch.ones_like(text[:, :, 0], dtype=torch.float32)
     elif context.text is None or context.text_valid is None:
-        raise ValueError("llama_vid at projector.replace got no text embeddings (0 of 1 need met); capture TextEmbeds")
+        raise ValueError("llama_vid at decoder.0 got no text embeddings (0 of 1 need met); capture TextEmbeds")
     else:
         text, asking = context.text, context.text_valid.float()
     queries = dense(text.to(patches.dtype), weights, "vlm_att_projector")

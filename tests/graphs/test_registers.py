@@ -126,7 +126,7 @@ def test_llama_vid_by_hand_with_padding() -> None:
     # 1 : 4 : 16, (1 + 12 + 80) / 21 = 93 / 21. The mean of both queries: (3 + 93 / 21) / 2; a padded word has no say. The content is the
     # mean of the valid patches, 3.
     config, model = LlamaVid.Config(projector="linear"), facts()
-    (stage,) = LlamaVid.stages(Site.parse("projector.replace"), config, model)
+    first, second = LlamaVid.stages(Site.parse("projector.replace"), config, model)
     tokens, one = torch.tensor([[[1.0], [3.0], [5.0], [1000.0]]]), torch.ones(1, 1)
     names = ("vlm_att_projector", "vlm_att_key_projector", "vlm_att_val_projector", "mm_projector")
     here = made(tokens, layout(4, 1, grid=(2, 2)), model)
@@ -137,11 +137,15 @@ def test_llama_vid_by_hand_with_padding() -> None:
         text_valid=torch.tensor([[True, True, False]]),
         weights={f"{name}.weight": one for name in names},
     )
-    out = LlamaVid.apply(stage, tokens, here, config)
+    content = LlamaVid.apply(first, tokens, here, config)
+    torch.testing.assert_close(content.tokens, torch.tensor([[[0.0], [3.0]]]))
+    assert content.valid.tolist() == [[True, True]] and content.assign is not None and content.assign.tolist() == [[1, 1, 1, 1]]
+    later = replace(here, layout=layout(2, 1), valid=content.valid, state=content.state)
+    out = LlamaVid.apply(second, content.tokens, later, config)
     torch.testing.assert_close(out.tokens, torch.tensor([[[(3 + 93 / 21) / 2], [3.0]]]))
-    assert out.valid.tolist() == [[True, True]] and out.assign is not None and out.assign.tolist() == [[1, 1, 1, 1]]
-    loud = replace(here, text_valid=torch.ones(1, 3, dtype=torch.bool))
-    assert not torch.allclose(LlamaVid.apply(stage, tokens, loud, config).tokens, out.tokens)
+    assert out.source.tolist() == [[0, 1]]
+    loud = replace(later, text_valid=torch.ones(1, 3, dtype=torch.bool))
+    assert not torch.allclose(LlamaVid.apply(second, content.tokens, loud, config).tokens, out.tokens)
 
 
 def test_llama_vids_windows_are_the_official_count() -> None:
@@ -149,5 +153,5 @@ def test_llama_vids_windows_are_the_official_count() -> None:
     model = facts()
     for grid, side in ((6, 7), (4, 4)):
         config = LlamaVid.Config(grid=grid)
-        (stage,) = LlamaVid.stages(Site.parse("projector.replace"), config, model)
+        stage = LlamaVid.stages(Site.parse("projector.replace"), config, model)[0]
         assert LlamaVid.layout(stage, layout(196, 8, grid=(14, 14)), config, model).tokens == 1 + side * side

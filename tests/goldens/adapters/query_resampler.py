@@ -65,7 +65,7 @@ def _llama_vid(case: Case) -> Program:
     if not kind.startswith(("grid:", "mean")):
         raise NotCovered(f"compress_type {kind} keeps every patch")
     model = facts()
-    (stage,) = LlamaVid.stages(Site.parse("projector.replace"), config, model)
+    first, second = LlamaVid.stages(Site.parse("projector.replace"), config, model)
 
     def run(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         vis, text = inputs["vis"], inputs["text_q"]
@@ -76,8 +76,10 @@ def _llama_vid(case: Case) -> Program:
             "mm_projector.weight": inputs["wp"],
         }
         here = context(vis, layout(vis.shape[1], vis.shape[2], grid=square(vis.shape[1])), model)
+        content = LlamaVid.apply(first, vis, replace(here, weights=weights), config)
+        here = context(content.tokens, layout(content.tokens.shape[1], content.tokens.shape[2]), model, state=content.state)
         here = replace(here, text=text, text_valid=torch.ones(text.shape[:2], dtype=torch.bool), weights=weights)
-        return {"tokens": LlamaVid.apply(stage, vis, here, config).tokens}
+        return {"tokens": LlamaVid.apply(second, content.tokens, here, config).tokens}
 
     return Program(_inputs(case), run)
 
