@@ -70,6 +70,7 @@ class ATPLLaVA(Method):
     sites = ("decoder.<k>",)
     query_aware = True
     training_free = False
+    budgets = "tokens kept at each cut"
 
     samples = (Sample("decoder.4", {"keep": ("60%", 20), "layers": (4, 14)}),)
 

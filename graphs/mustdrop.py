@@ -75,6 +75,7 @@ class MustDrop(Method):
     mechanism = "attention"
     sites = ("encoder.<l>",)
     query_aware = True
+    budgets = "windows merged, and tokens kept at each decoder cut"
 
     samples = (Sample("encoder.1", {"window": (2, 2), "merge": "25%", "key": 6, "layers": (3, 7), "keep": ("50%", 20)}),)
 
@@ -142,15 +143,15 @@ class MustDrop(Method):
         """Merge windows, mark key tokens, or drop."""
         import torch
 
-        from tmc_export.graphs._ops import gather, keep_top, one_hot
+        from tmc_export.graphs._ops import chosen, gather, keep_top
 
         if stage.index == 0:
             return _merge_windows(tokens, context, config, stage.at)
         valid, (b, n) = context.valid, tokens.shape[:2]
         if stage.index == 1:
             first = context.layout.class_tokens
-            found, _ = keep_top(context.captured[stage.needs[0]][:, first:], _keys(n - first, config, stage.at), valid[:, first:])
-            mark = one_hot(found, n - first).amax(dim=1).bool() & valid[:, first:]
+            row, live = context.captured[stage.needs[0]][:, first:], valid[:, first:]
+            mark = chosen(row, _keys(n - first, config, stage.at), live) & live
             return Compressed(tokens, torch.arange(n).expand(b, n).contiguous(), valid, state={"key": mark})
         k, key = MustDrop.layout(stage, context.layout, config, context.facts).tokens, context.state["key"]
         if key.shape[1] != n:

@@ -55,6 +55,7 @@ class ST3(Method):
     mechanism = "attention"
     sites = ("decoder.<k>",)
     query_aware = True
+    budgets = "tokens left after the last cut"
 
     samples = (
         Sample("decoder.2", {"cuts": 3, "every": 4, "keep": 17}),

@@ -54,6 +54,7 @@ class ZipVL(Method):
     mechanism = "attention"
     sites = ("decoder.<k>",)
     query_aware = True
+    budgets = "tokens that leave each cut; those behind the threshold are padding"
 
     samples = (
         Sample("decoder.2", {"keep": ("50%", 16), "layers": (2, 6)}),
