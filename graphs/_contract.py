@@ -157,10 +157,13 @@ class Attention(Need):
     """Attention weights of one layer, over the candidates.
 
     Captured as `[b, n]` for `rows` of `last` and `cls`; `heads="none"` puts the head axis after the batch: `[b, h, n]`. For `rows="text"`
-    and `"window"`: `[b, rows, n]` (`[b, h, rows, n]` with `heads="none"`), the text rows being those of `Context.text`. For `rows="all"`,
-    and wherever `row_sum` is set: the column sums `[b, n]`; padded rows count nothing.
+    and `"window"`: `[b, rows, n]` (`[b, h, rows, n]` with `heads="none"`). The text rows are those of `Context.text` and
+    `text_valid`; rows of padding are zero. A turn shorter than the window has its rows at the end, zeros before. For `rows="all"`, and
+    wherever `row_sum` is set: the column sums `[b, n]` (`[b, h, n]` with `heads="none"`); padded rows count nothing.
     The weights are softmax over **every** visible key (past, text and visual), in float32; the columns of the candidates are then taken.
-    Heads are joined before rows are summed. Sums over many rows are made in blocks of rows, so that the map is never kept.
+    A pair that the causal mask hides is 0, also with `logits`. Rows are those of the tokens that arrive at the cut, also for its second
+    stage. Heads are joined before rows are summed. Sums over many rows are made in blocks of rows, so that the map is never kept, and one
+    pass serves all sums over `all`, `visual` and `text` rows of a layer.
 
     Attributes:
         layer: `previous` (the layer before the cut) or `next` (the layer after it, its query and keys computed from the tokens at the cut).
@@ -202,7 +205,7 @@ class Keys(Need):
 
 @dataclass(frozen=True)
 class TextEmbeds(Need):
-    """The prompt's text embeddings `[b, m, c]`, in `Context.text`."""
+    """The turn's text tokens `[b, m, c]`, in `Context.text`: their embeddings at `decoder.0`, their hidden states at a later cut."""
 
 
 @dataclass(frozen=True)
@@ -295,9 +298,12 @@ class Context:
         valid: `[b, n]` bool; false for padding (fewer pictures than the bucket). Invalid candidates must rank last.
         source: `[b, n]` int64; the original index of every candidate among the uncompressed tokens of its picture, -1 = synthetic.
         positions: `[r, b, n]` int64 rotary positions; decoder sites only.
-        text, text_valid: `[b, m, c]` and `[b, m]` bool, when `TextEmbeds` was asked for.
+        text, text_valid: `[b, m, c]` and `[b, m]` bool; the turn's text tokens in their order, packed: m is the recipe's `text_tokens`
+            (in the reference what the turn has), and what follows the last one is zero and not valid. When `TextEmbeds` was asked for;
+            `text_valid` also with attention rows of `text` that are not summed. Every picture of a turn has the whole turn's text.
         captured: what `Stage.needs` asked for, by need.
-        state: what the previous stage of the same recipe entry put into `Compressed.state`.
+        state: what the previous stage of the same recipe entry put into `Compressed.state`, in this graph or an earlier one; stages of
+            other entries in between do not matter. Under `scope: image` one item per picture; a missing picture's says nothing.
         weights: learned weights by state-dict name.
     """
 
@@ -326,7 +332,8 @@ class Compressed:
         valid: `[b, k]` bool; no more valid tokens leave than valid candidates arrived, further ones are dropped.
         assign: `[b, n]` int64; the output row that each candidate was merged into, -1 = dropped. None when nothing was merged.
         mix: `[b, k, n]` the linear map from candidates to tokens, when the method is one.
-        state: handed to the next stage of the same recipe entry.
+        state: handed to the next stage of the same recipe entry; the batch axis first, static shapes. Where tokens are dropped in between,
+            a state with a value per token is the method's to gather.
         key_bias: `[b, k]` added to the attention logits of these keys in later encoder layers (proportional attention).
         text: `[b, m, c]` replaces the text tokens, m as in `Context.text`; see `Method.replaces_text`.
         kv: decoder layer → `[b, rows]` int64 candidates whose KV rows stay in that earlier layer.

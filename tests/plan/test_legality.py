@@ -277,8 +277,11 @@ def probe(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         ("encoder.3", Features(3), "features of layers below 3"),
         ("decoder.2", Keys(), "encoder sites have keys"),
         ("decoder.2", Features(-1), "encoder sites have keys"),
-        ("decoder.2", Attention(rows="text"), "'last' and 'all'"),
-        ("decoder.2", Attention(rows="window", window=8), "'last' and 'all'"),
+        ("decoder.2", Attention(rows="cls"), "no class token: attention rows are those of last, text, visual, window and all"),
+        ("decoder.2", Attention(rows="all", heads="joined"), "a rotary embedding per head"),
+        ("decoder.2", Attention(rows="visual"), "the visual rows as a sum only"),
+        ("decoder.2", Attention(rows="window"), "a window is 1 to 704"),
+        ("decoder.2", Attention(rows="window", window=705), "a window is 1 to 704"),
     ],
 )
 def test_needs_that_a_site_cannot_meet(
@@ -296,6 +299,9 @@ def test_needs_that_a_site_cannot_meet(
         ("encoder.1", Attention(rows="cls")),
         ("encoder.0.mid", Keys()),
         ("decoder.2", Attention(rows="all")),
+        ("decoder.2", Attention(rows="text", heads="none")),
+        ("decoder.2", Attention(layer="next", rows="visual", row_sum=True, heads="max")),
+        ("decoder.2", Attention(rows="window", window=704, logits=True)),
         ("encoder.3", Features(2)),
     ],
 )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tmc_export.api._schemes import GraphKind, PartSchemes
-from tmc_export.bundle.program import BlockProgram, CutProgram, GraphPhase, PhaseName, Program, VisionProgram
+from tmc_export.bundle.program import BlockProgram, CutProgram, GraphPhase, PhaseName, Program, StateProgram, VisionProgram
 from tmc_export.export.capture import capture
 from tmc_export.export.checkpoint import Checkpoint, TensorSource, open_checkpoint
 from tmc_export.export.learned import LearnedSource
@@ -21,7 +21,9 @@ from tmc_export.export.store import WeightStore
 from tmc_export.families import FAMILIES
 from tmc_export.families._contract import DecoderParts, Family, ModelFiles
 from tmc_export.passes.pipeline import clean, finish, specialize
+from tmc_export.plan.states import entering, leaving_cut, leaving_vision
 from tmc_export.plan.types import BlockPlan, CutPlan, Plan, VisionPlan
+from tmc_export.surgery._states import Handed, StateBook
 from tmc_export.surgery.attention import register_attention
 from tmc_export.surgery.block import DecoderBlock
 from tmc_export.surgery.cut import Cut
@@ -60,13 +62,19 @@ class _Exporter:
         self.store = WeightStore(self.onnx)
         self.schemes = PartSchemes(plan, self.model, self.checkpoint, self.parts)
         self.profiles: list[dict[str, Any]] = []
+        self.handed: dict[int, list[Handed]] = {}  # recipe entry -> what its last stage so far left for another graph
 
     # ------------------------------------------------------------------------------------------------------ tracing
     def _trace(
-        self, module: Any, inputs: list[Tensor], names: tuple[list[str], list[str]], symbols: list[dict[int, str] | None]
+        self,
+        module: Any,
+        inputs: list[Tensor],
+        names: list[str],
+        outputs: list[str] | Callable[[], list[str]],
+        symbols: list[dict[int, str] | None],
     ) -> ir.Model:
         model = capture(
-            module, inputs, input_names=names[0], output_names=names[1], symbols=symbols, model=self.model,
+            module, inputs, input_names=names, output_names=outputs, symbols=symbols, model=self.model,
             checkpoint=self.checkpoint, learned=_learned(module), opset=self.opset,
         )  # fmt: skip
         return clean(model)
@@ -87,9 +95,10 @@ class _Exporter:
         name = f"vision_{plan.index}"
         self.progress(name)
         rule = self.family.image_rule(self.files, plan.size, self.fit)
-        module = Vision(self.family.vision(self.model, plan.size, plan.grid), plan, self.dtype)
+        module = Vision(self.family.vision(self.model, plan.size, plan.grid), plan, self.dtype, leaving_vision(self.plan))
         pixels = torch.zeros(self.plan.batch, *rule.shape, dtype=self.dtype)
-        model = self._trace(module, [pixels], (["pixels"], module.output_names()), [None])
+        model = self._trace(module, [pixels], ["pixels"], module.output_names, [None])
+        self._hand_on(module.states)
         file = self._save(model, name, {}, "vision", "vision.data")
         self.profiles.append({"name": name, "onnx": file, "precision": self.plan.dtype, "profiles": [{"name": "static", "shapes": {}}]})
         return VisionProgram(
@@ -99,13 +108,14 @@ class _Exporter:
             grid=plan.out_grid,
             stages=tuple(s.method for s in plan.stages),
             rule=rule.to_json(),  # type: ignore[arg-type]
+            states=_states(module.states.handed),
         )
 
     def embed(self) -> dict[PhaseName, GraphPhase]:
         self.progress("embed")
         module = Embed(self.parts)
         ids = torch.zeros(self.plan.batch, _T, dtype=torch.long)
-        model = self._trace(module, [ids], (["input_ids"], ["hidden"]), [{1: "T"}])
+        model = self._trace(module, [ids], ["input_ids"], ["hidden"], [{1: "T"}])
         sizes: dict[PhaseName, int] = {
             "prefill": self.plan.images * self._visual() + self.plan.text_tokens,
             "chunk": self.plan.chunk,
@@ -124,8 +134,8 @@ class _Exporter:
         self.progress(name)
         module = DecoderBlock(self.parts, plan, self.plan.windows)
         inputs, symbols = self._block_inputs(plan, module.needs_last)
-        names = (module.input_names(), module.output_names())
-        model = self._trace(module, inputs, names, symbols)
+        names = module.input_names()
+        model = self._trace(module, inputs, names, module.output_names, symbols)
         phases: dict[PhaseName, tuple[int, int]] = {
             "prefill": (plan.tokens, 0), "chunk": (self.plan.chunk, plan.capacity), "decode": (1, plan.capacity),
         }  # fmt: skip
@@ -135,7 +145,7 @@ class _Exporter:
             fuse = append and self.plan.runtime == "onnxruntime" and set(self.plan.windows[plan.first : plan.last]) == {None}
             file = self._save(model, f"{name}_{phase}", {"T": t, "P": p - 1 if append else p}, "block", f"{name}.data", append, fuse)
             programs[phase] = GraphPhase(file=file, tokens=t, past=p)
-        self._symbolic(model, name, phases, names[0], inputs, symbols)
+        self._symbolic(model, name, phases, names, inputs, symbols)
         return BlockProgram(
             index=plan.index, first=plan.first, last=plan.last, tokens=plan.tokens, capacity=plan.capacity,
             query_rows=dict(plan.query_rows), head=plan.head, phases=programs,
@@ -197,10 +207,13 @@ class _Exporter:
     def cut(self, plan: CutPlan) -> CutProgram:
         name = f"compress_{plan.before_block}"
         self.progress(name)
-        module = Cut(self.parts, plan, self.plan.images, self.plan.facts, self.plan.windows, self.dtype)
+        given = [self._entering(h, plan) for entry in entering(self.plan, plan) for h in self.handed.get(entry, [])]
+        module = Cut(
+            self.parts, plan, self.plan.images, self.plan.facts, self.plan.windows, self.dtype, given, leaving_cut(self.plan, plan)
+        )  # fmt: skip
         inputs = self._cut_inputs(module, plan)
-        names = (module.input_names(), module.output_names())
-        model = self._trace(module, inputs, names, [None] * len(inputs))
+        model = self._trace(module, inputs, module.input_names(), module.output_names, [None] * len(inputs))
+        self._hand_on(module.states)
         file = self._save(model, name, {}, "compress", f"{name}.data")
         self.profiles.append({"name": name, "onnx": file, "precision": self.plan.dtype, "profiles": [{"name": "static", "shapes": {}}]})
         return CutProgram(
@@ -208,7 +221,19 @@ class _Exporter:
             visual_in=plan.visual_in, visual_out=plan.visual_out, positions=plan.positions,
             previous=bool(module.previous), next=bool(module.next),
             kv=tuple(sorted({i for s in plan.stages for i in s.after.kv_rows})), methods=tuple(s.method for s in plan.stages),
+            text=module.text_places, entering=_states(given), leaving=_states(module.states.handed),
         )  # fmt: skip
+
+    def _hand_on(self, states: StateBook) -> None:
+        """Remember what leaves a graph: it replaces what the entry handed on before."""
+        for entry in states.entries:
+            self.handed[entry] = [h for h in states.handed if h.entry == entry]
+
+    def _entering(self, handed: Handed, cut: CutPlan) -> Handed:
+        """A state as a cut gets it: from a vision graph, one item for every picture of the bucket."""
+        scope = next(s.scope for s in cut.stages if s.entry == handed.entry)
+        items = self.plan.batch * (self.plan.images if scope == "image" else 1)
+        return replace(handed, shape=(items, *handed.shape[1:]))
 
     def _cut_inputs(self, module: Cut, plan: CutPlan) -> list[Tensor]:
         b, d, s, n = self.plan.batch, self.plan.facts.decoder, plan.tokens_in, plan.visual_in
@@ -218,6 +243,8 @@ class _Exporter:
             torch.ones(b, s, dtype=flag), torch.zeros(b, s, dtype=long), torch.zeros(b, n, dtype=long), torch.ones(b, n, dtype=flag),
             torch.zeros(b, dtype=long),
         ]  # fmt: skip
+        if t := module.text_places:
+            inputs += [torch.zeros(b, t, dtype=long), torch.ones(b, t, dtype=flag)]
         if module.previous:
             before = self.plan.blocks[plan.before_block - 1]
             rows = 1 if before.query_rows[plan.layer - 1] == "last" else s
@@ -231,7 +258,11 @@ class _Exporter:
             inputs += [
                 torch.zeros(b, c, dtype=long), torch.ones(b, c, dtype=flag), torch.zeros(b, d.kv_heads, c, d.head_dim, dtype=self.dtype),
             ]  # fmt: skip
-        return inputs
+        return inputs + [torch.zeros(h.shape, dtype=h.dtype) for h in module.entering]
+
+
+def _states(handed: Sequence[Handed]) -> tuple[StateProgram, ...]:
+    return tuple(StateProgram(entry=h.entry, name=h.name, shape=h.shape, dtype=str(h.dtype).removeprefix("torch.")) for h in handed)
 
 
 def _learned(module: nn.Module) -> dict[str, tuple[TensorSource, str]]:

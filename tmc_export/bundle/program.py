@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-__all__ = ["BlockProgram", "CutProgram", "GraphPhase", "PhaseName", "Program", "VisionProgram"]
+__all__ = ["BlockProgram", "CutProgram", "GraphPhase", "PhaseName", "Program", "StateProgram", "VisionProgram"]
 
 PhaseName = Literal["prefill", "chunk", "decode"]
 
@@ -26,16 +26,43 @@ class GraphPhase(_Frozen):
     past: int = 0
 
 
+class StateProgram(_Frozen):
+    """What stages of one recipe entry hand from one graph to another.
+
+    Attributes:
+        entry: number of the entry in the recipe's `compress` list.
+        name: what the method calls it; the output is `state.<entry>.<name>`, the input `past_state.<entry>.<name>`.
+        shape: one item per picture first, or one for all of them.
+        dtype: numpy's name.
+    """
+
+    entry: int
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def output(self) -> str:
+        """Its name where it leaves a graph."""
+        return f"state.{self.entry}.{self.name}"
+
+    @property
+    def input(self) -> str:
+        """Its name where it enters one."""
+        return f"past_state.{self.entry}.{self.name}"
+
+
 class VisionProgram(_Frozen):
     """A picture bucket.
 
     Attributes:
-        file: the graph `pixels` → `tokens`, `source.<n>`.
+        file: the graph `pixels` → `tokens`, `source.<n>`, `state.<entry>.<name>`.
         tokens: visual tokens that leave it.
         full_grid: raster of the uncompressed tokens.
         grid: raster of the tokens that leave, when they form one.
         stages: names of the methods that run inside, one per `source.<n>`.
         rule: the picture rule, as `ImageRule.to_json` writes it.
+        states: what leaves the graph for a cut, of one picture.
     """
 
     file: str
@@ -44,6 +71,7 @@ class VisionProgram(_Frozen):
     grid: tuple[int, int] | None
     stages: tuple[str, ...]
     rule: dict[str, JsonValue]
+    states: tuple[StateProgram, ...] = ()
 
 
 class BlockProgram(_Frozen):
@@ -67,6 +95,8 @@ class CutProgram(_Frozen):
         next: it scores with the layer after: it gets the keys that earlier turns left there.
         kv: earlier layers whose KV rows it prunes.
         methods: one per stage, each with its `kept.<n>`; a last stage that leaves no token (`visual_out` 0) has none.
+        text: places for the turn's text tokens; 0 where no stage reads them.
+        entering, leaving: states that it reads, and that it hands to later cuts.
     """
 
     before_block: int
@@ -81,6 +111,9 @@ class CutProgram(_Frozen):
     next: bool
     kv: tuple[int, ...] = ()
     methods: tuple[str, ...]
+    text: int = 0
+    entering: tuple[StateProgram, ...] = ()
+    leaving: tuple[StateProgram, ...] = ()
 
 
 class Program(_Frozen):

@@ -32,7 +32,9 @@ def show(report: PlanReport) -> None:
         "conversation"
     )
     marks = "; ~ uses unverified figures of the device" if report.clock.unverified else ""
-    console.print("\ntokens of one picture", _stages(report), "decoder", _blocks(report), f"{LABEL}{marks}", _compared(report), sep="\n")
+    side = ("attention rows that cuts compute on the side", _sides(report)) if any(c.scores for c in report.cost.cuts) else ()
+    parts = ("\ntokens of one picture", _stages(report), "decoder", _blocks(report), *side, f"{LABEL}{marks}", _compared(report))
+    console.print(*parts, sep="\n")
     for line in (*_speedups(report), *_amdahl(report), *_memory(report), *(f"note: {note}" for note in report.notes)):
         console.print(line, soft_wrap=True)
 
@@ -76,6 +78,19 @@ def _blocks(report: PlanReport) -> Table:
             _giga(cost.blocks_flops[block.index]),
             gib(peaks[f"block_{block.index}"]) if built else "-",
         )
+    return table
+
+
+def _sides(report: PlanReport) -> Table:
+    """What cuts compute to score tokens: query rows of a layer against its keys, and the projections of a layer to come."""
+    table = _table("cut", "scores with", "query rows", "keys", "rows GFLOP", "q/k once more GFLOP")
+    for cut, cost in zip(report.plan.cuts, report.cost.cuts, strict=True):
+        for layer, (rows, keys), again in ((cut.layer - 1, cost.previous, 0), (cut.layer, cost.following, cost.duplicated)):
+            if rows:
+                share = cost.scores * rows * keys // (cost.previous[0] * cost.previous[1] + cost.following[0] * cost.following[1])
+                side = "before" if layer < cut.layer else "after"
+                name = f"compress_{cut.before_block}"
+                table.add_row(name, f"layer {layer}, {side} it", str(rows), str(keys), _giga(share), _giga(again) if again else "-")
     return table
 
 

@@ -10,7 +10,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +71,7 @@ def capture(
     inputs: Sequence[Tensor],
     *,
     input_names: Sequence[str],
-    output_names: Sequence[str],
+    output_names: Sequence[str] | Callable[[], Sequence[str]],
     symbols: Sequence[Mapping[int, str] | None],
     model: nn.Module,
     checkpoint: TensorSource,
@@ -84,7 +84,7 @@ def capture(
         module: its forward takes `inputs` in order; parameters belong to `model` (or are `learned`) and lie on the meta device.
         inputs: small real examples; only shapes and dtypes count.
         input_names: names of the inputs in the graph.
-        output_names: names of the outputs in the graph.
+        output_names: names of the outputs in the graph; a function is asked when the module has been traced.
         symbols: per input, axis → name of its symbolic dimension.
         model: the whole model, whose state-dict names the initializers are bound to.
         checkpoint: where they are read.
@@ -116,7 +116,7 @@ def capture(
                 opset_version=opset,
                 verbose=False,
                 input_names=list(input_names),
-                output_names=list(output_names),
+                output_names=list(output_names() if callable(output_names) else output_names),
             )
     except Exception as error:  # the tracer and the exporter raise classes of many kinds; every one means that the module does not trace
         if isinstance(error, (TmcError, OSError, MemoryError)):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from tmc_export.core.facts import DecoderFacts, ModelFacts
 from tmc_export.graphs._contract import Attention, Keys
 from tmc_export.plan._weights import looks_ahead, projector_widths
+from tmc_export.plan.rows import rows_computed
 from tmc_export.plan.types import CutPlan, Plan, StagePlan, VisionPlan
 
 __all__ = [
@@ -122,11 +123,14 @@ class CutFlops:
     """What one cut costs.
 
     Attributes:
-        scores: the side path: query rows against the keys, per need.
+        previous, following: query rows and keys of the layer before the cut and of the one after it that the side path multiplies.
+        scores: that side path: rows · keys · heads · head_dim · 2.
         duplicated: query and key projections of the next layer, computed once more.
         selection: comparisons, matching and merging, and learned weights.
     """
 
+    previous: tuple[int, int]
+    following: tuple[int, int]
     scores: int
     duplicated: int
     selection: int
@@ -143,13 +147,12 @@ def cut_flops(plan: Plan, cut: CutPlan) -> CutFlops:
     previous, following = cut.attention("previous"), cut.attention("next")
     past = plan.blocks[cut.before_block - 1].capacity if previous else 0
     ahead = plan.blocks[cut.before_block].capacity + cut.tokens_in if following else 0
-    scores = sum(2 * _rows(n, cut.tokens_in) * past * query for n in previous) + sum(
-        2 * _rows(n, cut.tokens_in) * ahead * query for n in following
-    )
+    text = cut.tokens_in - cut.visual_in
+    rows, more = rows_computed(previous, cut.tokens_in, text), rows_computed(following, cut.tokens_in, text)
     duplicated = 2 * cut.tokens_in * d.width * (query + d.kv_heads * d.head_dim) if following else 0
     joining = cut.tokens_in * cut.tokens_out + cut.tokens_out * cut.visual_out
     each = [(selection_flops(s, d.head_dim) + learned_flops(s)) * (plan.images if s.scope == "image" else 1) for s in cut.stages]
-    return CutFlops(scores, duplicated, joining + sum(each))
+    return CutFlops((rows, past), (more, ahead), 2 * (rows * past + more * ahead) * query, duplicated, joining + sum(each))
 
 
 def vision_stage_flops(vision: VisionPlan) -> int:

@@ -12,6 +12,7 @@ from typing import Literal
 
 from tmc_export.graphs._contract import Site
 from tmc_export.plan._flops import (
+    CutFlops,
     LayerTokens,
     VisionTokens,
     cut_flops,
@@ -67,7 +68,8 @@ class Estimate:
     Attributes:
         flops: by part, for a prompt that fills the bucket: encoder, projector, prefill, cuts, head; and `decode`, for one token.
         blocks_flops: prefill operations of each block, head included.
-        duplicated_flops: query and key projections that cuts compute once more; part of `cuts`.
+        duplicated_flops: query and key projections that cuts compute once more; part of `flops["cuts"]`.
+        cuts: what each cut costs, of one item of the batch.
         weights: stored bytes.
         kv_bytes: static slots of each block.
         prompt_dispatches, token_dispatches: graph launches before the first token, and per token.
@@ -78,6 +80,7 @@ class Estimate:
     flops: dict[str, int]
     blocks_flops: tuple[int, ...]
     duplicated_flops: int
+    cuts: tuple[CutFlops, ...]
     weights: WeightBytes
     kv_bytes: tuple[int, ...]
     prompt_dispatches: int
@@ -155,6 +158,7 @@ def estimate(plan: Plan, clock: Clock, runtime: str) -> Estimate:
         },
         blocks_flops=blocks,
         duplicated_flops=plan.batch * sum(cut_flops(plan, cut).duplicated for cut in plan.cuts),
+        cuts=tuple(cut_flops(plan, cut) for cut in plan.cuts),
         weights=weight_bytes(plan),
         kv_bytes=tuple(kv_bytes(plan, b) for b in plan.blocks),
         prompt_dispatches=sum(x.runs for x in prompt),

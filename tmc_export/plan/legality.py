@@ -15,6 +15,7 @@ from tmc_export.graphs import METHODS
 from tmc_export.graphs._contract import Attention, Features, Keys, Need, TextEmbeds
 from tmc_export.plan._weights import LINEARS
 from tmc_export.plan.memory import Room, build_memory, built_on_device, gib, run_memory, tight_helps
+from tmc_export.plan.states import leaving_vision
 from tmc_export.plan.types import CutPlan, Plan, QuantizePlan, StagePlan
 from tmc_export.recipe import Device, Recipe
 
@@ -161,9 +162,10 @@ def check_plan(recipe: Recipe, plan: Plan) -> None:
             _check_vision_needs(recipe, stage, vision.facts.encoder)
     for cut in plan.cuts:
         for stage in cut.stages:
-            _check_cut_needs(recipe, stage)
+            _check_cut_needs(recipe, cut, stage)
             _check_sequence(recipe, plan, stage)
             _check_kv(recipe, plan, cut, stage)
+    _check_states(recipe, plan)
     _check_keep(recipe, plan)
     replacing = next((v.replacing for v in plan.vision if v.replacing is not None), None)
     if replacing is not None and "projector" in plan.quantize:
@@ -248,14 +250,30 @@ def _check_vision_needs(recipe: Recipe, stage: StagePlan, encoder: EncoderFacts)
             raise _refuse(recipe, stage, need, f"features of layers below {site.layer}")
 
 
-def _check_cut_needs(recipe: Recipe, stage: StagePlan) -> None:
+def _check_cut_needs(recipe: Recipe, cut: CutPlan, stage: StagePlan) -> None:
     for need in stage.stage.needs:
         if isinstance(need, (Keys, Features)):
-            raise _refuse(
-                recipe, stage, need, "attention rows 'last' and 'all' and the prompt's embeddings; encoder sites have keys and features"
-            )
-        if isinstance(need, Attention) and need.rows not in ("last", "all"):
-            raise _refuse(recipe, stage, need, "attention rows 'last' and 'all'; other rows are not built yet")
+            raise _refuse(recipe, stage, need, "attention rows and the text tokens' states; encoder sites have keys and features")
+        if not isinstance(need, Attention):
+            continue
+        if need.rows == "cls":
+            raise _refuse(recipe, stage, need, "no class token: attention rows are those of last, text, visual, window and all")
+        if need.heads == "joined":
+            raise _refuse(recipe, stage, need, "a rotary embedding per head: heads are mean, max, sum or none")
+        if need.rows == "visual" and not need.row_sum:
+            raise _refuse(recipe, stage, need, "the visual rows as a sum only (row_sum=True)")
+        if need.rows == "window" and not 1 <= need.window <= cut.tokens_in:
+            raise _refuse(recipe, stage, need, f"{cut.tokens_in} tokens in its bucket, so that a window is 1 to {cut.tokens_in}")
+
+
+def _check_states(recipe: Recipe, plan: Plan) -> None:
+    """What a stage hands from the encoder to the decoder has one static shape."""
+    for entry in leaving_vision(plan) if len(plan.vision) > 1 else ():
+        stage = next(s for v in plan.vision for s in v.stages if s.entry == entry)
+        raise LegalityError(
+            f"{_at(recipe, stage)}: method '{stage.method}' has stages in the encoder and in the decoder, and inputs.image_size names "
+            f"{len(plan.vision)} buckets: what it hands on would have as many shapes; write one [height, width]"
+        )
 
 
 def _check_kv(recipe: Recipe, plan: Plan, cut: CutPlan, stage: StagePlan) -> None:

@@ -20,6 +20,7 @@ from tmc_export.core.errors import LegalityError
 from tmc_export.plan._flops import vision_tokens
 from tmc_export.plan._launches import kv_bytes
 from tmc_export.plan._weights import WIDTHS, block_bytes, cut_bytes, embed_bytes, vision_bytes
+from tmc_export.plan.rows import ROW_BLOCK, handed_rows
 from tmc_export.plan.types import BlockPlan, CutPlan, Plan, VisionPlan
 from tmc_export.recipe import Device, Recipe
 
@@ -178,8 +179,11 @@ def _cut_activations(plan: Plan, cut: CutPlan) -> int:
     d = plan.facts.decoder
     hidden = (cut.tokens_in + cut.tokens_out) * d.width * 4
     keys = plan.blocks[cut.before_block - 1].capacity if cut.attention("previous") else 0
-    keys += plan.blocks[cut.before_block].capacity + cut.tokens_in if cut.attention("next") else 0
-    return hidden + 2 * keys * d.heads * d.head_dim * 4 + 9 * cut.tokens_in * cut.tokens_out
+    ahead = plan.blocks[cut.before_block].capacity + cut.tokens_in if cut.attention("next") else 0
+    many = any(handed_rows(cut.attention(layer)) == "all" for layer in ("previous", "next"))
+    # of a block of rows: products, weights and joined heads; and the query rows of the whole turn
+    rows = 4 * d.heads * (3 * min(ROW_BLOCK, cut.tokens_in) * max(keys, ahead) + cut.tokens_in * d.head_dim) if many else 0
+    return hidden + 2 * (keys + ahead) * d.heads * d.head_dim * 4 + rows + 9 * cut.tokens_in * cut.tokens_out
 
 
 def check_run_memory(plan: Plan, recipe: Recipe, room: Room, device: Device) -> RunMemory:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import cast
 
 from tmc_export.core.errors import LegalityError, ModelError
 from tmc_export.core.facts import ModelFacts
@@ -13,6 +13,7 @@ from tmc_export.families._contract import Family, ModelFiles
 from tmc_export.graphs._contract import Attention, Layout, Positions, Segment, Stage
 from tmc_export.plan.entries import Entry, read_entries
 from tmc_export.plan.learned import bind
+from tmc_export.plan.rows import handed_rows
 from tmc_export.plan.types import BlockPlan, CutPlan, Plan, QuantizePlan, StagePlan, VisionPlan
 from tmc_export.recipe.recipe import Recipe
 
@@ -285,8 +286,7 @@ def _decoder(
             )
             cuts.append(cut)
             if blocks and cut.attention("previous"):
-                rows: Literal["last", "all"] = "last" if all(n.rows == "last" for n in cut.attention("previous")) else "all"
-                blocks[-1] = replace(blocks[-1], query_rows={first - 1: rows})
+                blocks[-1] = replace(blocks[-1], query_rows={first - 1: handed_rows(cut.attention("previous"))})
         capacity = tokens(max(place.visual, place.alone)) + inputs.new_tokens
         blocks.append(BlockPlan(index, first, last, tokens(place.visual), place.visual, capacity, {}, last == layers))
     return tuple(blocks), tuple(cuts)

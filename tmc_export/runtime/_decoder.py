@@ -5,6 +5,7 @@ Legend: n tokens of the turn, S a prompt's bucket, C slots, r rotary axes, c cha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -64,6 +65,7 @@ class _Flow:
     order: Array  # [n]
     group: Array  # [n]
     next_position: int
+    states: dict[str, Array]  # past_state.<entry>.<name> of the turn's pictures
 
     @property
     def count(self) -> int:
@@ -144,7 +146,15 @@ class Decoder:
         return np.concatenate(rows) if rows else np.zeros((0, self.program.width), self.program.dtype)
 
     # ---------------------------------------------------------------------------------------------------------- turn
-    def turn(self, hidden: Array, positions: Array, group: Array, next_position: int, route: Route = "auto") -> TurnTrace:
+    def turn(
+        self,
+        hidden: Array,
+        positions: Array,
+        group: Array,
+        next_position: int,
+        route: Route = "auto",
+        states: Mapping[str, Array] | None = None,
+    ) -> TurnTrace:
         """Take a whole turn.
 
         Args:
@@ -153,20 +163,22 @@ class Decoder:
             group: int `[n]`, 0 for text, i + 1 for picture i of this turn.
             next_position: position of the token after the turn.
             route: `whole` runs the prefill graphs on the bucket, `chunked` the chunk graphs; `auto` takes the cheaper that applies.
+            states: what the vision graphs hand to cuts, of all pictures: `past_state.<entry>.<name>` → `[m, …]`.
 
         Raises:
             RuntimeInputError: the turn does not fit; the conversation is as it was.
         """
         mark = self.mark()
         try:
-            return self._turn(hidden, positions, group, next_position, route)
+            order = self.length + np.arange(hidden.shape[0])
+            flow = _Flow(hidden.astype(self.program.dtype), positions, order, group, next_position, dict(states or {}))
+            return self._turn(flow, route)
         except BaseException:  # an interrupt, too, leaves no half-written turn behind
             self.rewind(mark)
             raise
 
-    def _turn(self, hidden: Array, positions: Array, group: Array, next_position: int, route: Route) -> TurnTrace:
-        flow = _Flow(hidden.astype(self.program.dtype), positions, self.length + np.arange(hidden.shape[0]), group, next_position)
-        pictures, chosen = flow.pictures, self._route(flow, route)
+    def _turn(self, flow: _Flow, route: Route) -> TurnTrace:
+        count, pictures, chosen = flow.count, flow.pictures, self._route(flow, route)
         for index, slots in enumerate(self.slots):  # before anything is computed: up to the first cut the count is known
             if pictures and self.program.cut_before(index) is not None:
                 break
@@ -186,7 +198,7 @@ class Decoder:
             slots.check_room(flow.count)
             queries = self._block(slots, flow, chosen, trace)
             slots.next_position = flow.next_position
-        self.length += int(hidden.shape[0])
+        self.length += count
         return trace
 
     def _route(self, flow: _Flow, route: Route) -> str:
@@ -261,6 +273,8 @@ class Decoder:
             "candidates": places[None],
             "candidate_valid": alive[None],
             "last": np.array([count - 1]),
+            **self._text(cut, flow),
+            **{s.input: flow.states[s.input] for s in cut.entering},
         }
         if cut.previous:
             before = self.slots[cut.before_block - 1]
@@ -290,7 +304,22 @@ class Decoder:
         trace.visual.append(visual)
         self._prune_earlier(cut, out, starts, count)
         origin, place = out["source"][0, :left], out["place"][0, :left]
-        return _Flow(out["hidden_out"][0, :left], flow.positions[:, origin], flow.order[place], flow.group[origin], flow.next_position)
+        states = {**flow.states, **{s.input: out[s.output] for s in cut.leaving}}
+        return _Flow(
+            out["hidden_out"][0, :left], flow.positions[:, origin], flow.order[place], flow.group[origin], flow.next_position, states
+        )
+
+    def _text(self, cut: CutProgram, flow: _Flow) -> dict[str, Array]:
+        """Places of the text tokens, where a stage of the cut reads them: int64 and bool `[1, t]`."""
+        if not cut.text:
+            return {}
+        found = np.flatnonzero(flow.group == 0)
+        if found.shape[0] > cut.text:
+            raise RuntimeInputError(
+                f"the prompt has {found.shape[0]} text tokens beside pictures, the cut at layer {cut.layer} reads {cut.text}; "
+                "shorten it, or build with a larger inputs.text_tokens"
+            )
+        return {"text_places": _pad(found, cut.text)[None], "text_valid": (np.arange(cut.text) < found.shape[0])[None]}
 
     def _candidates(self, cut: CutProgram, flow: _Flow) -> tuple[Array, Array]:
         """Places of the visual tokens, per picture padded to the bucket: int64 and bool `[m·v]`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,6 +84,7 @@ class Prompt:
         pixels: per picture, the prepared input, with its bucket.
         tokens: per picture, visual tokens `[v, c]`.
         sources: per picture, per vision stage, `[k]`.
+        states: per picture, what its vision graph hands to cuts, by the name of the output: `[1, …]`.
     """
 
     ids: Array
@@ -93,6 +94,7 @@ class Prompt:
     pixels: tuple[tuple[int, Array], ...]
     tokens: tuple[Array, ...] = ()
     sources: tuple[tuple[Array, ...], ...] = ()
+    states: tuple[Mapping[str, Array], ...] = ()
 
 
 class Session:
@@ -146,17 +148,18 @@ class Session:
             ids: text ids with one image token per picture.
             pixels: from `encode_images`.
         """
-        tokens, sources = [], []
+        tokens, sources, states = [], [], []
         for bucket, array in pixels:
             vision = self.program.vision[bucket]
             out = self._backend.graph(vision.file).run({"pixels": array})
             tokens.append(out["tokens"][0])
             sources.append(tuple(out[f"source.{n}"][0] for n in range(len(vision.stages))))
+            states.append({s.output: out[s.output] for s in vision.states})
         if not ids:
             raise RuntimeInputError("the prompt is empty; write a question")
         expanded, group = expand_image_tokens(ids, self.program.image_token, [t.shape[0] for t in tokens])
         positions, following = self._positions(group, [b for b, _ in pixels], sources)
-        return Prompt(expanded, group, positions, following, tuple(pixels), tuple(tokens), tuple(sources))
+        return Prompt(expanded, group, positions, following, tuple(pixels), tuple(tokens), tuple(sources), tuple(states))
 
     def _positions(self, group: Array, buckets: Sequence[int], sources: Sequence[tuple[Array, ...]]) -> tuple[Array, int]:
         """Rotary positions of a turn; tokens that form no raster any more keep the place of the token they come from."""
@@ -193,7 +196,16 @@ class Session:
         hidden = self.decoder.embed(ids)
         for picture, tokens in enumerate(prompt.tokens):
             hidden[prompt.group == picture + 1] = tokens
-        return self.decoder.turn(hidden, prompt.positions, prompt.group, prompt.next_position, route)
+        return self.decoder.turn(hidden, prompt.positions, prompt.group, prompt.next_position, route, self._states(prompt))
+
+    def _states(self, prompt: Prompt) -> dict[str, Array]:
+        """What the vision graphs hand to cuts, one item per picture of the bucket; a missing picture's is zero."""
+        found: dict[str, Array] = {}
+        for state in self.program.vision[0].states if prompt.tokens else ():
+            parts = [given[state.output] for given in prompt.states]
+            empty = np.zeros((self.program.images - len(parts), *state.shape[1:]), state.dtype)
+            found[state.input] = np.concatenate([*parts, empty])
+        return found
 
     # ------------------------------------------------------------------------------------------------------ answers
     def generate(

@@ -1,31 +1,37 @@
 """The compress subgraph between two blocks: scores on the side, the method, and the sequence put together again.
 
 Inputs, in order: `hidden [b, S, c]`, `positions [r, b, S]`, `order [b, S]`, `valid [b, S]`, `group [b, S]` (0 text, else picture 1…m),
-`candidates [b, m·v]` (places of the visual tokens in S), `candidate_valid [b, m·v]`, `last [b]`; for attention of the layer before:
+`candidates [b, m·v]` (places of the visual tokens in S), `candidate_valid [b, m·v]`, `last [b]`; where a stage reads the text:
+`text_places [b, t]` (places of the text tokens in S, in order) and `text_valid [b, t]`; for attention of the layer before:
 `slots [b, S]` (KV slot of each token), `slot_order`, `slot_valid` `[b, C]`, `query.<l>` and `key.<l>` `[b, g, C, d]`; for attention of the
-layer after: `next_order`, `next_valid` `[b, C']` and `key.<l>` `[b, g, C', d]` (what earlier turns left in the next block).
+layer after: `next_order`, `next_valid` `[b, C']` and `next_key.<l>` `[b, g, C', d]` (what earlier turns left in the next block); then
+`past_state.<entry>.<name>`, what a recipe entry's last stage in an earlier graph left.
 Outputs: `hidden_out [b, S', c]`, `source` and `place` `[b, S']` (which token of S a token has its rotary position, and its place in the
 conversation, from; see `sequence`), `valid_out [b, S']`, then per stage `kept.<n>` `[b, m·k]` (index among the arriving candidates, -2
-synthetic, -1 none; a stage that leaves no token has no such output) and `kv.<l>` `[b, S]` where the method prunes KV of an earlier layer.
+synthetic, -1 none; a stage that leaves no token has no such output), `kv.<l>` `[b, S]` where the method prunes KV of an earlier layer, and
+`state.<entry>.<name>` for a later cut.
 The KV of the whole turn is in the slots when this graph runs, so that the scores do not depend on bucket, chunking or context.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from tmc_export.core.errors import ExportError
 from tmc_export.core.facts import ModelFacts
 from tmc_export.graphs._contract import Attention, Compressed, Context, Need, TextEmbeds
+from tmc_export.plan.rows import text_places
 from tmc_export.plan.types import CutPlan, StagePlan
-from tmc_export.surgery.attention import AttentionState, additive_mask, expand_heads, recording
+from tmc_export.surgery._rows import KeySide, QuerySide, row_scores
+from tmc_export.surgery._states import Handed, StateBook, by_entry
+from tmc_export.surgery.attention import AttentionState, expand_heads, recording
 from tmc_export.surgery.learned import Learned
 from tmc_export.surgery.sequence import Candidates, arriving, assemble, leave, members
-from tmc_export.surgery.stages import attention_scores, captured_or_raise, run_stage
+from tmc_export.surgery.stages import captured_or_raise, gather_rows, run_stage
 
 if TYPE_CHECKING:
     from tmc_export.families._contract import DecoderParts
@@ -43,6 +49,8 @@ class _Turn:
     valid: Tensor
     last: Tensor
     text: Tensor  # [b, S] bool
+    places: Tensor  # [b, t] of the text tokens, no columns where nobody reads them
+    places_valid: Tensor
 
 
 class Cut(nn.Module):
@@ -55,6 +63,8 @@ class Cut(nn.Module):
         facts: the model's numbers.
         windows: per decoder layer, its sliding window or None.
         dtype: of learned weights.
+        entering: states that earlier graphs hand to the stages here.
+        leaving: recipe entries whose state a later cut reads.
     """
 
     def __init__(
@@ -65,28 +75,35 @@ class Cut(nn.Module):
         facts: ModelFacts,
         windows: tuple[int | None, ...],
         dtype: torch.dtype = torch.float32,
+        entering: Sequence[Handed] = (),
+        leaving: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         self.learned = Learned(plan.stages, dtype)
         self._parts, self.plan, self.images, self.facts, self.windows = parts, plan, images, facts, windows
         self.previous, self.next = plan.attention("previous"), plan.attention("next")
+        self.text_places = text_places(plan)
+        self.entering, self.states = tuple(entering), StateBook(leaving)
         self.scored_layer = parts.layers[plan.layer] if self.next else None
 
     def input_names(self) -> list[str]:
         """Names of the inputs, in the order of `forward`."""
         names = ["hidden", "positions", "order", "valid", "group", "candidates", "candidate_valid", "last"]
+        if self.text_places:
+            names += ["text_places", "text_valid"]
         if self.previous:
             layer = self.plan.layer - 1
             names += ["slots", "slot_order", "slot_valid", f"query.{layer}", f"key.{layer}"]
         if self.next:
             names += ["next_order", "next_valid", f"next_key.{self.plan.layer}"]
-        return names
+        return names + [h.input for h in self.entering]
 
     def output_names(self) -> list[str]:
-        """Names of the outputs, in the order of `forward`."""
+        """Names of the outputs, in the order of `forward`; those of states are known once it has run."""
         kept = [f"kept.{n}" for n, stage in enumerate(self.plan.stages) if stage.after.tokens]
         names = ["hidden_out", "source", "place", "valid_out", *kept]
-        return names + [f"kv.{layer}" for layer in sorted({i for s in self.plan.stages for i in s.after.kv_rows})]
+        names += [f"kv.{layer}" for layer in sorted({i for s in self.plan.stages for i in s.after.kv_rows})]
+        return names + self.states.output_names()
 
     def forward(
         self,
@@ -101,11 +118,13 @@ class Cut(nn.Module):
         *side: Tensor,
     ) -> tuple[Tensor, ...]:
         """Compress one turn's visual tokens; shapes as in the module's description."""
-        turn = _Turn(hidden, positions, order, valid, last, valid & (group == 0))
-        scores = self._previous_scores(turn, side)
-        scores |= self._next_scores(turn, side)
+        given = dict(zip(self.input_names()[8:], side, strict=True))
+        places, places_valid = given.get("text_places", candidates[:, :0]), given.get("text_valid", candidate_valid[:, :0])
+        turn = _Turn(hidden, positions, order, valid, last, valid & (group == 0), places, places_valid)
+        scores = self._previous_scores(turn, given)
+        scores |= self._next_scores(turn, given)
         left: Candidates | None = arriving(hidden, candidates, candidate_valid)
-        states: dict[int, dict[str, Tensor]] = {}
+        states = by_entry(self.entering, [given[h.input] for h in self.entering])
         kept: list[Tensor] = []
         kv: dict[int, Tensor] = {}
         for stage in self.plan.stages:
@@ -114,14 +133,18 @@ class Cut(nn.Module):
                 continue
             result = self._run(stage, turn, left, scores, states)
             if result.text is not None:
-                hidden = torch.where(turn.text[:, :, None], result.text.to(hidden.dtype), hidden)
+                row = (turn.text.long().cumsum(1) - 1).clamp(0, result.text.shape[1] - 1)  # which of the text tokens stands here
+                hidden = torch.where(turn.text[:, :, None], gather_rows(result.text.to(hidden.dtype), row), hidden)
             for layer, rows in result.kv.items():
                 chosen = self._unfold_index(stage, rows, left.place)
                 listed = (left.alive & (left.index >= 0)).gather(1, chosen) & (rows >= 0).reshape(chosen.shape)
                 kv[layer] = members(left.origin.gather(1, chosen), listed, hidden.shape[1])
             left = leave(left, result, self._fold(stage))
             kept.append(left.report())
-        return (*assemble(hidden, turn.text, left, self.plan.tokens_out), *kept, *[kv[layer] | turn.text for layer in sorted(kv)])
+        items = {s.entry: hidden.shape[0] * self._fold(s) for s in self.plan.stages}
+        handed = self.states.hand_on(states, items)
+        whole = assemble(hidden, turn.text, left, self.plan.tokens_out)
+        return (*whole, *kept, *[kv[layer] | turn.text for layer in sorted(kv)], *handed)
 
     # ------------------------------------------------------------------------------------------------- one stage
     def _run(
@@ -133,15 +156,15 @@ class Cut(nn.Module):
         axes = turn.positions.shape[0]
         at_place = turn.positions.gather(2, left.origin[None].expand(axes, -1, -1)).reshape(axes, batch * fold, count // fold)
         captured = {n: _fold_columns(s.gather(-1, _like(left.origin, s)), fold) for n, s in scores.items()}
-        wants_text = any(isinstance(n, TextEmbeds) for n in stage.stage.needs)
+        wants_text, rows = any(isinstance(n, TextEmbeds) for n in stage.stage.needs), turn.places_valid
         context = Context(
             layout=stage.before,
             facts=self.facts,
             valid=left.alive.reshape(batch * fold, -1),
             source=torch.arange(count // fold).expand(batch * fold, count // fold),
             positions=at_place,
-            text=turn.hidden.repeat_interleave(fold, 0) if wants_text else None,
-            text_valid=turn.text.repeat_interleave(fold, 0) if wants_text else None,
+            text=(gather_rows(turn.hidden, turn.places) * rows[:, :, None]).repeat_interleave(fold, 0) if wants_text else None,
+            text_valid=rows.repeat_interleave(fold, 0) if rows.shape[1] else None,
             captured=captured_or_raise(captured, tuple(n for n in stage.stage.needs if isinstance(n, Attention)), str(stage.stage.at)),
             state=states.get(stage.entry, {}),
             weights=self.learned.of(stage),
@@ -161,52 +184,35 @@ class Cut(nn.Module):
         return (index.clamp(min=0).reshape(batch // fold, fold, count) + offset[None, :, None]).reshape(batch // fold, fold * count)
 
     # --------------------------------------------------------------------------------------------------- scores
-    def _previous_scores(self, turn: _Turn, side: tuple[Tensor, ...]) -> dict[Need, Tensor]:
+    def _previous_scores(self, turn: _Turn, given: dict[str, Tensor]) -> dict[Need, Tensor]:
         """Attention of the layer before, over all its slots, its columns brought from slots to the turn's tokens."""
         if not self.previous:
             return {}
-        slots, slot_order, slot_valid, query, key = side[:5]
-        keys = expand_heads(key, self.facts.decoder.heads)
-        window = self.windows[self.plan.layer - 1]
-        found: dict[Need, Tensor] = {}
-        for need in self.previous:
-            rows, row_order, row_valid = self._rows(need, query, turn)
-            mask = additive_mask(row_order, slot_order, slot_valid, window, torch.float32)
-            over_slots = attention_scores(rows, keys, mask, need, row_valid)
-            found[need] = over_slots.gather(-1, _like(slots, over_slots))
-        return found
+        layer = self.plan.layer - 1
+        key = expand_heads(given[f"key.{layer}"], self.facts.decoder.heads)
+        keys = KeySide(key, given["slot_order"], given["slot_valid"], self.windows[layer])
+        found = row_scores(self.previous, self._rows(turn, given[f"query.{layer}"]), keys)
+        return {need: over_slots.gather(-1, _like(given["slots"], over_slots)) for need, over_slots in found.items()}
 
-    def _next_scores(self, turn: _Turn, side: tuple[Tensor, ...]) -> dict[Need, Tensor]:
+    def _next_scores(self, turn: _Turn, given: dict[str, Tensor]) -> dict[Need, Tensor]:
         """Attention of the layer after, its query and keys computed from the tokens at the cut."""
         if not self.next:
             return {}
-        past_order, past_valid, past_key = side[-3:]
         layer, hidden = self.plan.layer, turn.hidden
+        past_key = given[f"next_key.{layer}"]
         empty = past_key[:, :, :0]
         count = hidden.shape[1]
         no_mask = torch.zeros(hidden.shape[0], 1, count, count, dtype=hidden.dtype)
         state = AttentionState(past={layer: (empty, empty)}, masks={layer: no_mask}, wanted={layer: "all"})
         with recording(state):
             self._parts.attention_only(layer, hidden, self._parts.rotary(hidden, turn.positions))
-        keys = expand_heads(torch.cat([past_key, state.keys[layer]], 2), self.facts.decoder.heads)
-        key_order, key_valid = torch.cat([past_order, turn.order], 1), torch.cat([past_valid, turn.valid], 1)
-        found: dict[Need, Tensor] = {}
-        for need in self.next:
-            rows, row_order, row_valid = self._rows(need, state.queries[layer], turn)
-            mask = additive_mask(row_order, key_order, key_valid, self.windows[layer], torch.float32)
-            found[need] = attention_scores(rows, keys, mask, need, row_valid)[..., past_key.shape[2] :]
-        return found
+        key = expand_heads(torch.cat([past_key, state.keys[layer]], 2), self.facts.decoder.heads)
+        order, valid = torch.cat([given["next_order"], turn.order], 1), torch.cat([given["next_valid"], turn.valid], 1)
+        found = row_scores(self.next, self._rows(turn, state.queries[layer]), KeySide(key, order, valid, self.windows[layer]))
+        return {need: over_keys[..., past_key.shape[2] :] for need, over_keys in found.items()}
 
-    def _rows(self, need: Attention, query: Tensor, turn: _Turn) -> tuple[Tensor, Tensor, Tensor]:
-        """Pick the query rows of a need: `[b, h, R, d]`, their order `[b, R]` and validity."""
-        last = turn.last
-        if need.rows == "last":
-            if query.shape[2] > 1:
-                query = query.gather(2, last[:, None, None, None].expand(-1, query.shape[1], 1, query.shape[3]))
-            return query, turn.order.gather(1, last[:, None]), torch.ones_like(last[:, None], dtype=torch.bool)
-        if need.rows == "all":
-            return query, turn.order, turn.valid
-        raise ExportError(f"attention rows '{need.rows}' are not captured at a decoder cut; 'last' and 'all' are")
+    def _rows(self, turn: _Turn, query: Tensor) -> QuerySide:
+        return QuerySide(query, turn.order, turn.valid, turn.text, turn.last, turn.places, turn.places_valid)
 
 
 def _like(index: Tensor, scores: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Encoder, encoder-site stages, projector (the family's, or the one that replaces it) and projector-site stages as one static module.
 
 Input `pixels` `[b, 3, H, W]` (or `[b, patches, values]`); outputs `tokens [b, v, c]`, then per stage `source.<n>` `[b, k]` (original
-index among the uncompressed tokens of the picture, class tokens first; -1 = synthetic) and, where it merges, `assign.<n>`.
+index among the uncompressed tokens of the picture, class tokens first; -1 = synthetic), and `state.<entry>.<name>` for a cut.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from tmc_export.core.errors import ExportError
 from tmc_export.core.facts import ModelFacts
 from tmc_export.graphs._contract import Attention, Compressed, Context, Features, Keys, Need
 from tmc_export.plan.types import StagePlan, VisionPlan
+from tmc_export.surgery._states import StateBook
 from tmc_export.surgery.learned import Learned
 from tmc_export.surgery.stages import attention_scores, captured_or_raise, gather_rows, move_source, run_stage
 
@@ -143,20 +144,24 @@ class Vision(nn.Module):
         parts: the family's encoder and projector.
         plan: the bucket's numbers and stages.
         dtype: of learned weights.
+        leaving: recipe entries whose state a cut reads.
     """
 
-    def __init__(self, parts: VisionParts, plan: VisionPlan, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, parts: VisionParts, plan: VisionPlan, dtype: torch.dtype = torch.float32, leaving: tuple[int, ...] = ()
+    ) -> None:
         super().__init__()
         self._parts = parts
         self.plan = plan
         self.learned = Learned(plan.stages, dtype)
+        self.states = StateBook(leaving)
         for name, module in vars(parts).items():
             if isinstance(module, nn.Module):
                 self.add_module(name, module)
 
     def output_names(self) -> list[str]:
-        """Names of the outputs, in the order of `forward`."""
-        return ["tokens", *(f"source.{n}" for n in range(len(self.plan.stages)))]
+        """Names of the outputs, in the order of `forward`; those of states are known once it has run."""
+        return ["tokens", *(f"source.{n}" for n in range(len(self.plan.stages))), *self.states.output_names()]
 
     def _at(self, part: str, layer: int | None, point: str | None = None) -> list[StagePlan]:
         return [s for s in self.plan.stages if (s.stage.at.part, s.stage.at.layer, s.stage.at.point) == (part, layer, point)]
@@ -192,7 +197,8 @@ class Vision(nn.Module):
         for stage in self._at("projector", None):
             trace.capture(stage.stage.needs, parts.layers - 1, str(stage.stage.at))
             trace.apply(stage)
-        return (trace.tokens, *[source for source, _ in trace.reports])
+        handed = self.states.hand_on(trace.states, dict.fromkeys(self.states.entries, pixels.shape[0]))
+        return (trace.tokens, *[source for source, _ in trace.reports], *handed)
 
     def _project(self, trace: VisionTrace) -> None:
         """Run the family's projector, or the stage that replaces it on the encoder's tokens in raster order."""

@@ -86,6 +86,7 @@ def apply_stage(plan: StagePlan, tokens: Tensor, context: Context, picture: int,
         scores=None if scores is None else scores.numpy().astype(np.float32),
         margin=None if scores is None else _margin(scores, kept, context.valid[0]),
         fragile=_fragile(plan, tokens, context, result, noise),
+        states={name: value.numpy().copy() for name, value in result.state.items()},
     )
     return Applied(result, trace)
 

@@ -16,9 +16,10 @@ from torch import Tensor
 from tmc_export.core.errors import ExportError, RuntimeInputError
 from tmc_export.graphs._contract import Attention, Context, Need, TextEmbeds
 from tmc_export.plan.types import CutPlan, Plan, StagePlan
-from tmc_export.verify._apply import apply_stage, from_weights
+from tmc_export.verify._apply import apply_stage
 from tmc_export.verify._learned import MethodWeights
 from tmc_export.verify._queries import queries_of
+from tmc_export.verify._rows import LayerMap, picked_rows
 from tmc_export.verify._sequence import Tokens, leave, number_candidates, rows_that_leave, side_by_side
 from tmc_export.verify._towers import ReferenceModel
 from tmc_export.verify._trace import BlockTrace, StageTrace
@@ -65,11 +66,12 @@ class Cache:
 
 @dataclass
 class _Cut:
-    """What the stages of one cut share: attention rows, the places of the tokens that arrived, the prompt's text, the states of recipe
+    """What the stages of one cut share: attention maps, places and groups of the tokens that arrived, their text, the states of recipe
     entries, and the places to leave in earlier KV."""
 
-    weights: Mapping[Literal["previous", "next"], Tensor]
+    maps: Mapping[Literal["previous", "next"], LayerMap]
     order: Tensor
+    group: Tensor
     text: Tensor
     states: dict[tuple[int, int], dict[str, Tensor]] = field(default_factory=dict)
     kv: dict[int, list[Tensor]] = field(default_factory=dict)
@@ -95,6 +97,7 @@ class Decoder:
         self._hidden_key = -3.0e4 if half else float("-inf")
         self._weights: dict[int, Tensor] = {}
         self._queries: dict[int, Tensor] = {}
+        self._keys: dict[int, Tensor] = {}
         for cut in plan.cuts:
             if cut.attention("previous"):
                 model.text.layers[cut.layer - 1].self_attn.register_forward_hook(self._record(cut.layer - 1))
@@ -113,6 +116,7 @@ class Decoder:
         self.next_position: dict[int, int] = {}
         self.positions = torch.zeros(self.plan.rope_axes, 0, dtype=torch.int64)
         self.turn_visual = torch.zeros(0, dtype=torch.int64)
+        self.turn_states: dict[tuple[int, int], dict[str, Tensor]] = {}
         self.stages: list[StageTrace] = []
         self.blocks: list[BlockTrace] = []
 
@@ -143,12 +147,11 @@ class Decoder:
         order = torch.arange(self.places, self.places + count)
         self.places += count
         tokens = Tokens(hidden, positions[:, None], order, group, source, number_candidates(group, joint=False), torch.arange(count))
-        text = hidden[:, group == 0]
-        states: dict[tuple[int, int], dict[str, Tensor]] = {}
+        states = dict(self.turn_states) if select else {}
         opened = tokens
         for layer in range(len(self.model.text.layers)):
             if layer in self.cuts:
-                tokens = self._cross(self.cuts[layer], tokens, text, states, select)
+                tokens = self._cross(self.cuts[layer], tokens, states, select)
             if layer in self.starts:
                 opened = tokens
             tokens = replace(tokens, hidden=self._layer(layer, tokens))
@@ -166,13 +169,16 @@ class Decoder:
 
     # ------------------------------------------------------------------------------------------------------------ layers
     def _layer(self, layer: int, tokens: Tokens) -> Tensor:
-        found: list[Tensor] = []
-        if self.trace and tokens.hidden.shape[1] > 1 and layer + 1 in self.cuts:
-            with queries_of(self.model.text.layers[layer].self_attn, found):
-                hidden = self._run(layer, tokens)
-            self._queries[layer] = found[-1]
-            return hidden
-        return self._run(layer, tokens)
+        cut = self.cuts.get(layer + 1)
+        products = cut is not None and any(n.logits for n in cut.attention("previous"))
+        if cut is None or not (products or (self.trace and tokens.hidden.shape[1] > 1)):
+            return self._run(layer, tokens)
+        queries: list[Tensor] = []
+        keys: list[Tensor] = []
+        with queries_of(self.model.text.layers[layer].self_attn, queries, keys):
+            hidden = self._run(layer, tokens)
+        self._queries[layer], self._keys[layer] = queries[-1], keys[-1]
+        return hidden
 
     def _run(self, layer: int, tokens: Tokens) -> Tensor:
         self.cache.orders[layer] = torch.cat([self.cache.orders[layer], tokens.order])
@@ -200,11 +206,21 @@ class Decoder:
         positions = tokens.positions if self.plan.rope_axes > 1 else tokens.positions[0]
         return self.model.text.rotary_emb(tokens.hidden, positions)
 
-    def _next_weights(self, layer: int, tokens: Tokens) -> Tensor:
-        """Attention `[1, h, T, s]` that a layer would compute on the tokens as they stand before it."""
+    def _seen(self, layer: int, queries: Tensor, keys: Tensor) -> Tensor:
+        return self._mask(layer, queries, keys, torch.float32)[0, 0] == 0
+
+    def _previous_map(self, layer: int, tokens: Tokens) -> LayerMap:
+        """What a layer that has run computed for the tokens that left it."""
+        seen = self._seen(layer, tokens.order, self.cache.orders[layer])
+        return LayerMap(self._weights[layer][0], seen, self._queries.get(layer), self._keys.get(layer))
+
+    def _next_map(self, layer: int, tokens: Tokens) -> LayerMap:
+        """What a layer would compute on the tokens as they stand before it."""
         module = self.model.text.layers[layer]
         orders = torch.cat([self.cache.orders[layer], tokens.order])
-        with self.cache.peeking():
+        queries: list[Tensor] = []
+        keys: list[Tensor] = []
+        with self.cache.peeking(), queries_of(module.self_attn, queries, keys):
             _, weights = module.self_attn(
                 hidden_states=module.input_layernorm(tokens.hidden),
                 attention_mask=self._mask(layer, tokens.order, orders, tokens.hidden.dtype),
@@ -212,20 +228,19 @@ class Decoder:
                 past_key_values=self.cache,
                 position_embeddings=self._rotary(tokens),
             )
-        found: Tensor = weights
-        return found
+        return LayerMap(weights[0], self._seen(layer, tokens.order, orders), queries[-1], keys[-1])
 
     # -------------------------------------------------------------------------------------------------------------- cuts
-    def _cross(self, cut: CutPlan, tokens: Tokens, text: Tensor, states: dict[tuple[int, int], dict[str, Tensor]], select: bool) -> Tokens:
+    def _cross(self, cut: CutPlan, tokens: Tokens, states: dict[tuple[int, int], dict[str, Tensor]], select: bool) -> Tokens:
         """Run a cut's stages, if they are to run, and number the positions anew, if the cut does that."""
         arrived = tokens.positions
         if select and bool((tokens.group > 0).any()):
-            weights: dict[Literal["previous", "next"], Tensor] = {}
+            maps: dict[Literal["previous", "next"], LayerMap] = {}
             if cut.attention("previous"):
-                weights["previous"] = self._weights[cut.layer - 1]
+                maps["previous"] = self._previous_map(cut.layer - 1, tokens)
             if cut.attention("next"):
-                weights["next"] = self._next_weights(cut.layer, tokens)
-            shared = _Cut(weights, tokens.order, text, states)
+                maps["next"] = self._next_map(cut.layer, tokens)
+            shared = _Cut(maps, tokens.order, tokens.group, tokens.hidden[:, tokens.group == 0], states)
             joint = tokens.joint or any(s.scope == "joint" for s in cut.stages)
             count = tokens.hidden.shape[1]
             tokens = replace(tokens, arrival=number_candidates(tokens.group, joint), column=torch.arange(count))
@@ -298,13 +313,13 @@ class Decoder:
 
     def _columns(self, need: Need, cut: _Cut, tokens: Tokens, rows: Tensor, place: str) -> Tensor:
         """Attention over the candidates: the turn's own columns are the last ones of all keys."""
-        if not isinstance(need, Attention) or need.rows == "cls":
-            raise ExportError(f"the reference does not capture {need} at {place}; attention rows 'last' and 'all' and text embeddings are")
+        if not isinstance(need, Attention):
+            raise ExportError(f"the reference does not capture {need} at {place}; attention rows and text embeddings are")
         if bool((tokens.arrival[rows] < 0).any()):
             raise ExportError(f"{place} asks for attention on tokens that a stage of the same cut made; no layer has seen them")
-        weights = cut.weights[need.layer]
-        past = weights.shape[-1] - weights.shape[-2]
-        return from_weights(weights, need, place)[..., past + tokens.column[rows]]
+        layer = cut.maps[need.layer]
+        past = layer.seen.shape[1] - layer.seen.shape[0]
+        return picked_rows(layer, need, cut.group, place)[..., past + tokens.column[rows]]
 
     # ------------------------------------------------------------------------------------------------------------ report
     def _report(self, opened: Tokens, closed: Tokens, layer: int) -> None:

@@ -1,6 +1,6 @@
-"""Looking at the queries that a decoder layer's own eager attention gets, which Hugging Face hands out nowhere.
+"""Looking at the queries and keys that a decoder layer's own eager attention gets, which Hugging Face hands out nowhere.
 
-Legend: h heads, T tokens, d channels of a head.
+Legend: h heads, g KV heads, T tokens, s keys, d channels of a head.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ _NAME = "eager_attention_forward"
 
 
 @contextmanager
-def queries_of(attention: Any, found: list[Tensor]) -> Iterator[None]:
+def queries_of(attention: Any, found: list[Tensor], keys: list[Tensor] | None = None) -> Iterator[None]:
     """While active, put the scaled, rotated queries `[h, T, d]` of every eager attention of this module's file into `found`.
+
+    With `keys`, the keys that they meet go there too: `[g, s, d]`, past ones included.
 
     The computation stays the model's own: its function is called through, and put back at the end.
 
@@ -33,9 +35,11 @@ def queries_of(attention: Any, found: list[Tensor]) -> Iterator[None]:
     if original is None:
         raise ExportError(f"{file.__name__} has no {_NAME}; the reference cannot look at the queries of {type(attention).__name__}")
 
-    def looked_at(module: Any, query: Tensor, *rest: Any, scaling: float, **options: Any) -> Any:
+    def looked_at(module: Any, query: Tensor, key: Tensor, *rest: Any, scaling: float, **options: Any) -> Any:
         found.append((query * scaling)[0])
-        return original(module, query, *rest, scaling=scaling, **options)
+        if keys is not None:
+            keys.append(key[0])
+        return original(module, query, key, *rest, scaling=scaling, **options)
 
     setattr(file, _NAME, looked_at)
     try:

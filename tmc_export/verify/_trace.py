@@ -34,6 +34,7 @@ class StageTrace:
             column sums.
         margin: (lowest kept - highest dropped score) / largest score, when the kept set is the top of `scores`; else None.
         fragile: a relative noise of the tolerance table's bound on what the method read changes what it keeps or merges.
+        states: what it handed on, `[1, …]` each; not stored in files.
     """
 
     entry: int
@@ -47,6 +48,7 @@ class StageTrace:
     scores: NDArray[np.float32] | None
     margin: float | None
     fragile: bool
+    states: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
     def tied(self, bound: float) -> bool:
         """Return whether the choice is within rounding: the k-th margin is at most `bound`, or, without a margin, noise changes it."""

@@ -171,6 +171,7 @@ class Reference:
             hidden[:, group == number] = picture.tokens
             source[group == number] = picture.source[0]
         decoder.turn_visual = torch.arange(decoder.places, decoder.places + ids.shape[0])[group > 0]
+        decoder.turn_states = {(e, n): s for n, picture in enumerate(pictures, start=1) for e, s in picture.states.items()}
         positions, following = (None, None) if rotary is None else rotary
         logits = [decoder.feed(hidden, positions, group, source, select=True, following=following)]
         prompt = decoder.positions.numpy().copy()

@@ -17,6 +17,7 @@ import numpy as np
 from tmc_export.bundle.program import BlockProgram, CutProgram, GraphPhase, Program
 from tmc_export.runtime._backend import Backend, BackendOptions, open_backend
 from tmc_export.runtime._chat import expand_image_tokens
+from tmc_export.verify._states import compare_states, entering_state
 from tmc_export.verify._trace import BlockTrace
 from tmc_export.verify.compare import Check, compare_indices, compare_tensor
 from tmc_export.verify.play import by_cut, expected_places, is_tie, live_places
@@ -86,6 +87,7 @@ class _Runner:
                 ties = ties or bool(check.exceptions)
                 yield check
             if not ties:
+                yield from compare_states(label, spec.states, out, wanted, self.tolerance, spec.file)
                 tokens = out["tokens"][0] if "tokens" in out else None
                 yield compare_tensor(f"{label}/tokens", tokens, turn.expected.vision[picture], self.tolerance, spec.file)
 
@@ -154,7 +156,9 @@ class _Runner:
         after = turn.expected.blocks[cut.before_block]
         arriving = turn.expected.blocks[cut.before_block - 1] if cut.before_block else None
         hidden, positions, order, group = self._arriving(turn, arriving)
-        out = self.backend.graph(cut.file).run(self._cut_feed(cut, arriving, hidden, positions, order, group))
+        feed = self._cut_feed(cut, arriving, hidden, positions, order, group)
+        feed |= {s.input: entering_state(s, cut.layer, turn.expected.stages) for s in cut.entering}
+        out = self.backend.graph(cut.file).run(feed)
         ties = False
         label = f"{name}/cut before block {cut.before_block}"
         for number, traces in enumerate(by_cut(turn.expected.stages, cut.layer)):
@@ -181,6 +185,8 @@ class _Runner:
             origins = positions[:, out["source"][0, :left]] if "source" in out else None
             yield compare_indices(f"{label}/positions", origins, after.positions, tied=False, subgraph=cut.file)
         yield compare_tensor(f"{label}/hidden", rows, after.hidden_in, self.tolerance, cut.file)
+        here = [t for traces in by_cut(turn.expected.stages, cut.layer) for t in traces]
+        yield from compare_states(label, cut.leaving, out, here, self.tolerance, cut.file)
 
     def _arriving(self, turn: CaseTurn, before: BlockTrace | None) -> tuple[Array, Array, Array, Array]:
         """Hidden states, positions, places and groups at a cut: a block's output, or the assembled embeddings."""
@@ -217,6 +223,9 @@ class _Runner:
             "candidate_valid": alive.reshape(1, -1),
             "last": np.array([count - 1]),
         }
+        if cut.text:
+            found = np.flatnonzero(group == 0)
+            feed |= {"text_places": _pad(found, cut.text)[None], "text_valid": (np.arange(cut.text) < len(found))[None]}
         if cut.previous and before is not None:
             layer, slots = cut.layer - 1, self.program.blocks[cut.before_block - 1].capacity
             rows = before.queries[layer]
