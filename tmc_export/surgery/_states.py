@@ -74,7 +74,7 @@ class StateBook:
                         "the batch; mend the method's apply"
                     )
                 self.handed.append(Handed(entry, name, shape, tensor.dtype))
-                found.append(tensor)
+                found.append(tensor.clone())  # an output of its own, also where a method hands on what it was handed
         return found
 
 
