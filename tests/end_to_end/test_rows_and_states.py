@@ -1,4 +1,4 @@
-"""Attention rows and states at cuts: bundle = reference on the small LLaVA, with two pictures, later turns, chunks; wrong ones are found."""
+"""Attention rows and states at cuts: bundle = reference on the small LLaVA; two pictures, later turns, chunks; wrong ones are found."""
 
 from __future__ import annotations
 

@@ -272,7 +272,6 @@ def probe(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         ("projector", Attention(rows="cls"), "class tokens dropped"),
         ("encoder", TextEmbeds(), "encoded by itself"),
         ("encoder", Attention(rows="last"), "class-token rows and column sums"),
-        ("encoder", Attention(layer="next", rows="cls"), "class-token rows and column sums"),
         ("encoder.0", Keys(), "no layer before it"),
         ("encoder.3", Features(3), "features of layers below 3"),
         ("decoder.2", Keys(), "encoder sites have keys"),
