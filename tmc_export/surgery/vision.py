@@ -147,9 +147,7 @@ class Vision(nn.Module):
         leaving: recipe entries whose state a cut reads.
     """
 
-    def __init__(
-        self, parts: VisionParts, plan: VisionPlan, dtype: torch.dtype = torch.float32, leaving: tuple[int, ...] = ()
-    ) -> None:
+    def __init__(self, parts: VisionParts, plan: VisionPlan, dtype: torch.dtype = torch.float32, leaving: tuple[int, ...] = ()) -> None:
         super().__init__()
         self._parts = parts
         self.plan = plan
