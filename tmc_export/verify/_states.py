@@ -30,7 +30,7 @@ def entering_state(state: StateProgram, layer: int, stages: Sequence[StageTrace]
     before = [s for s in stages if s.entry == state.entry and not (s.at.startswith("decoder") and (Site.parse(s.at).layer or 0) >= layer)]
     for trace in _last(before):
         value = trace.states[state.name]
-        found[(max(trace.picture - 1, 0), *_corner(value))] = value[0]
+        found[_corner(max(trace.picture - 1, 0), value)] = value[0]
     return found
 
 
@@ -52,7 +52,7 @@ def compare_states(
             want = trace.states[state.name]
             got = out.get(state.output)
             item = max(trace.picture - 1, 0) if got is not None and got.shape[0] > 1 else 0
-            mine = None if got is None else got[(item, *_corner(want))].astype(np.float32)
+            mine = None if got is None else got[_corner(item, want)].astype(np.float32)
             name = f"{label}/{state.output} of picture {trace.picture}"
             yield compare_tensor(name, mine, want[0].astype(np.float32), tolerance, file)
 
@@ -62,5 +62,6 @@ def _last(traces: Sequence[StageTrace]) -> list[StageTrace]:
     return list({t.picture: t for t in traces}.values())
 
 
-def _corner(value: Array) -> tuple[slice, ...]:
-    return tuple(slice(0, size) for size in value.shape[1:])
+def _corner(item: int, value: Array) -> tuple[Any, ...]:
+    """Where the reference's value `[1, …]` lies in the graph's, of this item."""
+    return (item, *(slice(0, size) for size in value.shape[1:]))
