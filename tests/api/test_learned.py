@@ -164,7 +164,7 @@ def test_exchanged_weights_are_found(bundles: Callable[..., Path], folder: Path,
     assert ladder.first_bad is not None and ladder.first_bad.subgraph == f"onnx/{graph}"
 
 
-def test_the_reference_reads_the_weights_itself(bundles: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reference_reads_the_weights_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Were the reference to read through the export's source, a fault there would be on both sides."""
     from tmc_export.export import learned
     from tmc_export.verify._learned import MethodWeights
@@ -173,7 +173,7 @@ def test_the_reference_reads_the_weights_itself(bundles: Callable[..., Path], mo
         raise AssertionError("the reference used the export's reader")
 
     monkeypatch.setattr(learned.LearnedSource, "read", never)
-    recipe = write(bundles("replace").parent, REPLACE.replace("WEIGHTS", RANDOM), name="again")
+    recipe = write(folder, REPLACE.replace("WEIGHTS", RANDOM), name="again")
     plan = resolve(load_recipe(recipe), read_model_files(recipe.parent / "model"))
     held = MethodWeights(torch.float16).of(plan.vision[0].stages[0])
     assert {n: tuple(t.shape) for n, t in held.items()} == dict(plan.vision[0].stages[0].weights.shapes)  # type: ignore[union-attr]
