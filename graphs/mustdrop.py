@@ -187,7 +187,7 @@ def _merged(layout: Layout, config: MustDrop.Config, at: Site) -> int:
         )
     windows = (rows // high) * (columns // wide)
     count = config.merge.of(windows, "floor")
-    if not 1 <= count <= windows:
+    if count > windows or (count < 1 and config.merge.tokens is None):
         raise ValueError(f"merge: {config.merge} is {count} of the {windows} windows at {at}; set merge to 1 to {windows} windows")
     return count
 
@@ -210,6 +210,9 @@ def _merge_windows(tokens: Tensor, context: Context, config: MustDrop.Config, at
     count, grid = _merged(context.layout, config, at), need_grid("mustdrop", context.layout, at)
     table = _windows(grid, config.window)
     (b, n), (windows, m), patches = tokens.shape[:2], table.shape, tokens[:, 1:]
+    if count == 0:  # what the official code does when no window is alike; no recipe can ask for it
+        index = torch.arange(n).expand(b, n).contiguous()
+        return Compressed(tokens, index, context.valid, assign=index)
     flat = table.flatten()
     live = context.valid[:, 1:].index_select(1, flat).reshape(b, windows, m)
     chosen = top_in_order(_alike(patches.index_select(1, flat).reshape(b, windows, m, -1)), count, live.all(dim=2))

@@ -60,3 +60,18 @@ def test_windows_that_do_not_tile_or_are_too_many_are_refused(window: tuple[int,
     config = MustDrop.Config(window=window, merge=Budget(tokens=merge))
     with pytest.raises(ValueError, match="does not tile|set merge to 1 to 16"):
         MustDrop.layout(MERGE, layout(65, 4, class_tokens=1, grid=(8, 8)), config, MODEL)
+
+
+@pytest.mark.parametrize(("merge", "sizes"), [(0, [1] * 9), (1, [1, 4, 1, 1, 1, 1]), (2, [1, 4, 4])])
+def test_none_one_and_all_windows_merge(merge: int, sizes: list[int]) -> None:
+    # 2 x 4 patches, windows (0, 1, 4, 5) and (2, 3, 6, 7) counted without the class token; the second is alike
+    values = [[9.0, 9.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [3.0, 0.0]]
+    tokens = torch.tensor([values])
+    config = MustDrop.Config(window=(2, 2), merge=Budget(tokens=merge))
+    arriving = layout(9, 2, class_tokens=1, grid=(2, 4))
+    out = MustDrop.apply(MERGE, tokens, context(tokens, arriving, MODEL), config)
+    assert out.assign is not None
+    assert torch.bincount(out.assign[0]).tolist() == sizes
+    if merge:
+        assert out.tokens[0, 1].tolist() == [1.5, 0.0]  # (1 + 1 + 1 + 3) / 4
+        assert MustDrop.layout(MERGE, arriving, config, MODEL).tokens == out.tokens.shape[1] == len(sizes)
