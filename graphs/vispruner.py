@@ -104,7 +104,6 @@ class VisPruner(Method):
     @staticmethod
     def apply(stage: Stage, tokens: Tensor, context: Context, config: VisPruner.Config) -> Compressed:
         """Take the important patches, then thin out the others."""
-
         from tmc_export.graphs._ops import gather, keep_top, rank
 
         VisPruner.layout(stage, context.layout, config, context.facts)
