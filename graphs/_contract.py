@@ -261,6 +261,10 @@ class Layout:
             has before the cut, so that a gap stands for what earlier turns lost; under `renumber`, behind the last token. The next
             token's position is one more than the last one (under `keep`: than the last one that arrived).
         kv_rows: decoder layer → visual KV rows left in a layer *before* the cut (retroactive pruning); empty when untouched.
+        barrier: tokens at the end of a picture that hide everything before them, the picture and what the conversation said so far, from all
+            that follows (VoCo): no later token sees a key before the first of them, and once the turn is prefilled the turn's rows before
+            it leave the KV of every layer. At `projector` or `projector.replace`, by the last stage there, with `inputs.images: 1` and
+            no cut in the decoder; 0: nothing is hidden.
         entry_tokens: candidates that arrived at the first cut of the recipe entry, for methods that budget against them (PyramidDrop);
             such a method's own `layout` sets it at its first stage and reads it at the later ones; every other layout leaves None.
     """
@@ -270,6 +274,7 @@ class Layout:
     positions: Positions = "keep"
     kv_rows: Mapping[int, int] = field(default_factory=dict)
     entry_tokens: int | None = None
+    barrier: int = 0
 
     @property
     def tokens(self) -> int:

@@ -43,8 +43,8 @@ class VoCo(Method):
     (68, 64)
 
     Limits: adds tokens to the prefill; what it saves is the picture's part of every layer's cache afterwards, which no row of phase 2
-    reads. Dropping those rows is not this file's. The mask is the decoder's: without it the tokens are mere registers. A learned weight:
-    `voco.weight`, the row of `<voco>` in the checkpoint's token table.
+    reads. The framework makes the mask and drops those rows (`Layout.barrier`), for one picture and without cuts in the decoder. A learned
+    weight: `voco.weight`, the row of `<voco>` in the checkpoint's token table.
 
     Where the official code differs: there `<voco>` is a word of the prompt, and a newline stands between picture and tokens. Also what the
     rule as it is makes invisible to the text: everything before the picture, the system prompt and the first token of the sequence
@@ -84,7 +84,7 @@ class VoCo(Method):
     def layout(stage: Stage, layout: Layout, config: VoCo.Config, facts: ModelFacts) -> Layout:
         """What arrived, and the compression tokens."""
         need_fewer("voco", f"count: {config.count}", config.count, layout.tokens, stage.at)
-        return Layout((*layout.segments, Segment("visual", config.count)), layout.width)
+        return Layout((*layout.segments, Segment("visual", config.count)), layout.width, barrier=config.count)
 
     @staticmethod
     def apply(stage: Stage, tokens: Tensor, context: Context, config: VoCo.Config) -> Compressed:

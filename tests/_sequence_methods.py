@@ -24,7 +24,7 @@ from tmc_export.graphs._contract import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Fuse", "Mean", "Nothing", "sequence_methods"]
+__all__ = ["Barrier", "Fuse", "Mean", "Nothing", "sequence_methods"]
 
 
 class Mean(Method):
@@ -123,13 +123,41 @@ class Fuse(Method):
         return Compressed(tokens[:, : config.keep], first, context.valid[:, : config.keep], text=text)
 
 
+class Barrier(Method):
+    """Put means of the picture behind it, through which alone the text sees it."""
+
+    name = "test_barrier"
+    sites = ("projector",)
+    grows = True
+
+    class Config(MethodConfig):
+        """`made` tokens."""
+
+        made: int = 2
+
+    @staticmethod
+    def layout(stage: Stage, layout: Layout, config: Barrier.Config, facts: ModelFacts) -> Layout:
+        return Layout((*layout.segments, Segment("visual", config.made)), layout.width, barrier=config.made)
+
+    @staticmethod
+    def apply(stage: Stage, tokens: Tensor, context: Context, config: Barrier.Config) -> Compressed:
+        import torch
+
+        batch, count = tokens.shape[:2]
+        scale = torch.arange(1, config.made + 1).float()[None, :, None]
+        made = tokens.mean(1, keepdim=True) * scale
+        source = torch.cat([torch.arange(count), torch.full((config.made,), -1)]).expand(batch, -1)
+        valid = torch.cat([context.valid, context.valid[:, : config.made]], 1)
+        return Compressed(torch.cat([tokens, made.to(tokens.dtype)], 1), source, valid)
+
+
 @contextmanager
 def sequence_methods(*more: type[Method]) -> Iterator[None]:
     """Let recipes name the methods above while the context lasts."""
     list(METHODS)
     items: dict[str, Any] = METHODS._items
     before = dict(items)
-    items.update({m.name: m for m in (Mean, Nothing, Fuse, *more)})
+    items.update({m.name: m for m in (Mean, Nothing, Fuse, Barrier, *more)})
     try:
         yield
     finally:

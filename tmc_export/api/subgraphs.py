@@ -106,6 +106,7 @@ class _Exporter:
             tokens=plan.tokens,
             full_grid=plan.facts.visual_grid,
             grid=plan.out_grid,
+            barrier=plan.barrier,
             stages=tuple(s.method for s in plan.stages),
             rule=rule.to_json(),  # type: ignore[arg-type]
             states=_states(module.states.handed),
@@ -142,7 +143,8 @@ class _Exporter:
         programs: dict[PhaseName, GraphPhase] = {}
         for phase, (t, p) in phases.items():
             append = phase == "decode"
-            fuse = append and self.plan.runtime == "onnxruntime" and set(self.plan.windows[plan.first : plan.last]) == {None}
+            plain = set(self.plan.windows[plan.first : plan.last]) == {None} and not plan.since
+            fuse = append and self.plan.runtime == "onnxruntime" and plain
             file = self._save(model, f"{name}_{phase}", {"T": t, "P": p - 1 if append else p}, "block", f"{name}.data", append, fuse)
             programs[phase] = GraphPhase(file=file, tokens=t, past=p)
         self._symbolic(model, name, phases, names, inputs, symbols)
@@ -159,6 +161,9 @@ class _Exporter:
             torch.ones(b, _T, dtype=flag), torch.zeros(b, _P, dtype=long), torch.ones(b, _P, dtype=flag),
         ]  # fmt: skip
         symbols: list[dict[int, str] | None] = [{1: "T"}, {2: "T"}, {1: "T"}, {1: "T"}, {1: "P"}, {1: "P"}]
+        if plan.since:
+            inputs.append(torch.zeros(b, _T, dtype=long))
+            symbols.append({1: "T"})
         if last:
             inputs.append(torch.zeros(b, dtype=long))
             symbols.append(None)

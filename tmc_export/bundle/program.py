@@ -60,6 +60,7 @@ class VisionProgram(_Frozen):
         tokens: visual tokens that leave it.
         full_grid: raster of the uncompressed tokens.
         grid: raster of the tokens that leave, when they form one.
+        barrier: how many of the last ones hide what stands before them from what follows; blocks then take `since`.
         stages: names of the methods that run inside, one per `source.<n>`.
         rule: the picture rule, as `ImageRule.to_json` writes it.
         states: what leaves the graph for a cut, of one picture.
@@ -69,6 +70,7 @@ class VisionProgram(_Frozen):
     tokens: int
     full_grid: tuple[int, int]
     grid: tuple[int, int] | None
+    barrier: int = 0
     stages: tuple[str, ...]
     rule: dict[str, JsonValue]
     states: tuple[StateProgram, ...] = ()
@@ -149,6 +151,11 @@ class Program(_Frozen):
     embed: dict[PhaseName, GraphPhase]
     blocks: tuple[BlockProgram, ...]
     cuts: tuple[CutProgram, ...]
+
+    @property
+    def barrier(self) -> int:
+        """Tokens at the end of a picture that hide what stands before them; the same in all buckets."""
+        return max((v.barrier for v in self.vision), default=0)
 
     def cut_before(self, block: int) -> CutProgram | None:
         """Return the cut before a block, if there is one."""

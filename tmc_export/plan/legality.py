@@ -160,6 +160,8 @@ def check_plan(recipe: Recipe, plan: Plan) -> None:
     for vision in plan.vision:
         for stage in vision.stages:
             _check_vision_needs(recipe, stage, vision.facts.encoder)
+        if vision.barrier:
+            _check_barrier(recipe, plan, vision.stages[-1])
     for cut in plan.cuts:
         for stage in cut.stages:
             _check_cut_needs(recipe, cut, stage)
@@ -197,6 +199,21 @@ def _check_sequence(recipe: Recipe, plan: Plan, stage: StagePlan) -> None:
         raise LegalityError(
             f"{place}: {name} replaces the prompt's text by what one picture makes of it, and inputs.images is {plan.images}; write scope: "
             "joint, or images: 1"
+        )
+
+
+def _check_barrier(recipe: Recipe, plan: Plan, stage: StagePlan) -> None:
+    """Tokens that hide what stands before them: one picture, and no cut that would score over what is hidden."""
+    place, name = _at(recipe, stage), f"method '{stage.method}' at {stage.stage.at}"
+    if plan.images > 1:
+        raise LegalityError(
+            f"{place}: {name} hides everything before a picture's last {stage.after.barrier} tokens, the pictures before it, too, and "
+            f"inputs.images is {plan.images}; write images: 1"
+        )
+    if plan.cuts:
+        raise LegalityError(
+            f"{place}: {name} hides the picture from the text, and '{plan.cuts[0].stages[0].method}' cuts at decoder.{plan.cuts[0].layer}, "
+            "where text would score hidden tokens: not built; choose one of the two"
         )
 
 

@@ -40,6 +40,8 @@ def resolve(recipe: Recipe, files: ModelFiles, splits: Sequence[int] = ()) -> Pl
     vision = tuple(_vision(i, size, recipe, family, files, entries) for i, size in enumerate(sizes)) if recipe.inputs.images else ()
     visual = max((v.tokens for v in vision), default=0)
     blocks, cuts = _decoder(recipe, first, entries, visual, vision[0].out_grid if len(vision) == 1 else None, splits)
+    if any(v.barrier for v in vision):
+        blocks = tuple(replace(b, since=True) for b in blocks)
     _check_context(recipe, first, blocks[0].capacity)
     return Plan(
         name=recipe.name,
@@ -140,7 +142,7 @@ def _vision(
         if stage.at.point is None:
             layout = _through(entry, stage, layout, facts, stages)
     _check_places(layout, facts, entries, stages)
-    return VisionPlan(index, size, encoder.grid, facts, tuple(stages), layout.tokens, layout.grid)
+    return VisionPlan(index, size, encoder.grid, facts, tuple(stages), layout.tokens, layout.grid, layout.barrier)
 
 
 def _project(layout: Layout, facts: ModelFacts, entries: Sequence[Entry], stages: list[StagePlan]) -> Layout:
@@ -216,6 +218,16 @@ def _through(entry: Entry, stage: Stage, layout: Layout, facts: ModelFacts, stag
         raise LegalityError(
             f"{entry.origin()}: method '{entry.name}' at {stage.at} leaves 0 of {layout.tokens} tokens, so that no decoder layer would "
             "see the picture; keep some, or use decoder.1 or later"
+        )
+    if layout.barrier and after.barrier != layout.barrier:
+        raise LegalityError(
+            f"{entry.origin()}: method '{entry.name}' at {stage.at} comes behind the {layout.barrier} tokens that hide the picture from the "
+            "text and does not keep them; put it before the method that makes them"
+        )
+    if after.barrier and (stage.at.part != "projector" or after.barrier > after.tokens):
+        raise LegalityError(
+            f"{entry.origin()}: method '{entry.name}' at {stage.at} hides what stands before the last {after.barrier} of {after.tokens} tokens; "
+            "only a stage at projector or projector.replace may, by tokens that it leaves"
         )
     _check_width(entry, stage, layout, after, facts)
     stages.append(StagePlan(entry.index, entry.name, entry.config, stage, layout, after, entry.scope, weights))

@@ -82,6 +82,7 @@ class VisionPlan:
         stages: stages at `input`, `encoder…` and `projector`, in the order they run.
         tokens: visual tokens that leave the graph for one picture.
         out_grid: their raster, if they still form one.
+        barrier: how many of the last ones hide what stands before them from what follows; see `Layout.barrier`.
     """
 
     index: int
@@ -91,6 +92,7 @@ class VisionPlan:
     stages: tuple[StagePlan, ...]
     tokens: int
     out_grid: tuple[int, int] | None
+    barrier: int = 0
 
     @property
     def replacing(self) -> StagePlan | None:
@@ -138,6 +140,7 @@ class BlockPlan:
         capacity: C_i.
         query_rows: layer → which scaled query rows the block hands out for the cut after it.
         head: the block ends in the norm and the output head.
+        since: the mask takes a first place that each token sees.
     """
 
     index: int
@@ -148,6 +151,7 @@ class BlockPlan:
     capacity: int
     query_rows: Mapping[int, Literal["last", "all"]] = field(default_factory=dict)
     head: bool = False
+    since: bool = False
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import numpy as np
 from tmc_export.bundle.program import BlockProgram, CutProgram, Program
 from tmc_export.core.errors import BundleError, RuntimeInputError
 from tmc_export.runtime._backend import Backend, Graph
+from tmc_export.runtime._barrier import since_of
 from tmc_export.runtime._slots import BlockSlots
 
 if TYPE_CHECKING:
@@ -50,10 +51,12 @@ class Mark:
     Attributes:
         slots: per block, slots filled and next position.
         length: tokens fed.
+        since: first place that the next token sees.
     """
 
     slots: tuple[tuple[int, int], ...]
     length: int
+    since: int = 0
 
 
 @dataclass
@@ -66,6 +69,7 @@ class _Flow:
     group: Array  # [n]
     next_position: int
     states: dict[str, Array]  # past_state.<entry>.<name> of the turn's pictures
+    since: Array = field(default_factory=lambda: np.zeros(0, np.int64))  # [n] first place each token sees; where pictures have a barrier
 
     @property
     def count(self) -> int:
@@ -97,23 +101,23 @@ class Decoder:
     def __init__(self, program: Program, backend: Backend) -> None:
         self.program, self._backend = program, backend
         self.slots = [BlockSlots(block, program) for block in program.blocks]
-        self.length = 0
+        self.length = self.since = 0
 
     def reset(self) -> None:
         """Start a new conversation."""
         for slots in self.slots:
             slots.reset()
-        self.length = 0
+        self.length = self.since = 0
 
     def mark(self) -> Mark:
         """Remember where the conversation stands."""
-        return Mark(tuple((s.used, s.next_position) for s in self.slots), self.length)
+        return Mark(tuple((s.used, s.next_position) for s in self.slots), self.length, self.since)
 
     def rewind(self, mark: Mark) -> None:
         """Take the conversation back to a mark: what was fed since is forgotten."""
         for slots, (used, following) in zip(self.slots, mark.slots, strict=True):
             slots.forget(used, following)
-        self.length = mark.length
+        self.length, self.since = mark.length, mark.since
 
     @property
     def next_position(self) -> int:
@@ -185,6 +189,7 @@ class Decoder:
             slots.check_room(flow.count)
         trace = TurnTrace(np.zeros(0), route=chosen)
         starts = [slots.used for slots in self.slots]
+        flow.since, following = since_of(flow.group, flow.order, self.program.barrier, self.since)
         queries: dict[str, Array] = {}
         for index, slots in enumerate(self.slots):
             if (cut := self.program.cut_before(index)) is not None:
@@ -198,6 +203,10 @@ class Decoder:
             slots.check_room(flow.count)
             queries = self._block(slots, flow, chosen, trace)
             slots.next_position = flow.next_position
+        if following > self.since:  # no later token sees these rows; those of earlier turns stay, so that the turn can be taken back
+            for slots, start in zip(self.slots, starts, strict=True):
+                slots.compact(start, slots.order[0, start : slots.used] >= following)
+            self.since = following
         self.length += count
         return trace
 
@@ -253,6 +262,7 @@ class Decoder:
             "order": _pad(order, width, -1)[None],
             "valid": (np.arange(width) < count)[None],
             "last": np.array([count - 1]),
+            **({"since": _pad(flow.since[piece], width)[None]} if self.program.barrier else {}),
             **slots.feed(),
         }
         out = graph.run(feed)
@@ -367,6 +377,7 @@ class Decoder:
                 "order": order[None],
                 "valid": np.ones((1, 1), np.bool_),
                 "last": np.zeros(1, np.int64),
+                "since": np.full((1, 1), self.since, np.int64),
                 **slots.feed(),
             }
             out = self._backend.graph(slots.block.phases["decode"].file).step(feed)

@@ -69,7 +69,9 @@ def expand_heads(tensor: Tensor, heads: int) -> Tensor:
     return tensor[:, :, None].expand(batch, groups, heads // groups, slots, width).reshape(batch, heads, slots, width)
 
 
-def additive_mask(query_order: Tensor, key_order: Tensor, key_valid: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
+def additive_mask(
+    query_order: Tensor, key_order: Tensor, key_valid: Tensor, window: int | None, dtype: torch.dtype, since: Tensor | None = None
+) -> Tensor:
     """Return 0 where a query sees a key and `MASKED` elsewhere.
 
     Args:
@@ -78,6 +80,7 @@ def additive_mask(query_order: Tensor, key_order: Tensor, key_valid: Tensor, win
         key_valid: `[b, s]` bool.
         window: a query sees keys less than this many places back; None: all.
         dtype: of the result.
+        since: `[b, T]` first place that each query sees; None: all.
 
     Returns:
         `[b, 1, T, s]`.
@@ -86,6 +89,8 @@ def additive_mask(query_order: Tensor, key_order: Tensor, key_valid: Tensor, win
     visible = (distance >= 0) & key_valid[:, None, :]
     if window is not None:
         visible = visible & (distance < window)
+    if since is not None:
+        visible = visible & (key_order[:, None, :] >= since[:, :, None])
     return torch.where(visible, 0.0, MASKED).to(dtype)[:, None]
 
 

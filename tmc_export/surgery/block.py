@@ -1,7 +1,8 @@
 """A run of decoder layers as one module, symbolic in T (new tokens) and P (past slots).
 
 Inputs, in order: `hidden [b, T, c]`, `positions [r, b, T]`, `order [b, T]`, `valid [b, T]`, `past_order [b, P]`, `past_valid [b, P]`,
-`last [b]` (only where a row is picked), then `past_key_values.<l>.key` and `.value` `[b, g, P, d]` per layer.
+`since [b, T]` (first place that a token sees; only where a picture has a barrier), `last [b]` (only where a row is picked), then
+`past_key_values.<l>.key` and `.value` `[b, g, P, d]` per layer.
 Outputs: `hidden_out [b, T, c]` or `logits [b, vocabulary]`, `query.<l>` where a cut needs it, then `present.<l>.key` and
 `.value` `[b, g, T, d]`. The static decode graph returns its slots `[b, g, C, d]` instead, the new row written (`passes.append_in_place`).
 """
@@ -47,7 +48,8 @@ class DecoderBlock(nn.Module):
 
     def input_names(self) -> list[str]:
         """Names of the inputs, in the order of `forward`."""
-        names = ["hidden", "positions", "order", "valid", "past_order", "past_valid"] + (["last"] if self.needs_last else [])
+        names = ["hidden", "positions", "order", "valid", "past_order", "past_valid"]
+        names += (["since"] if self.plan.since else []) + (["last"] if self.needs_last else [])
         return names + [f"past_key_values.{i}.{kind}" for i in range(self.plan.first, self.plan.last) for kind in ("key", "value")]
 
     def output_names(self) -> list[str]:
@@ -59,10 +61,12 @@ class DecoderBlock(nn.Module):
         self, hidden: Tensor, positions: Tensor, order: Tensor, valid: Tensor, past_order: Tensor, past_valid: Tensor, *rest: Tensor
     ) -> tuple[Tensor, ...]:
         """Run the layers; shapes as in the module's description."""
+        since, rest = (rest[0], rest[1:]) if self.plan.since else (None, rest)
         last, past = (rest[0], rest[1:]) if self.needs_last else (None, rest)
         layers = range(self.plan.first, self.plan.last)
         key_order, key_valid = torch.cat([past_order, order], 1), torch.cat([past_valid, valid], 1)
-        by_window = {w: additive_mask(order, key_order, key_valid, w, hidden.dtype) for w in {self.windows[i] for i in layers}}
+        windows = {self.windows[i] for i in layers}
+        by_window = {w: additive_mask(order, key_order, key_valid, w, hidden.dtype, since) for w in windows}
         state = AttentionState(
             past={i: (past[2 * n], past[2 * n + 1]) for n, i in enumerate(layers)},
             masks={i: by_window[self.windows[i]] for i in layers},

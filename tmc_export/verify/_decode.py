@@ -112,6 +112,8 @@ class Decoder:
     def reset(self) -> None:
         """Forget the conversation."""
         self.cache = Cache(len(self.model.text.layers))
+        self.since = 0
+        self._since = torch.zeros(0, dtype=torch.int64)
         self.places = 0
         self.next_position: dict[int, int] = {}
         self.positions = torch.zeros(self.plan.rope_axes, 0, dtype=torch.int64)
@@ -146,6 +148,7 @@ class Decoder:
         self.positions = positions
         order = torch.arange(self.places, self.places + count)
         self.places += count
+        following = self._hide(group, order)
         tokens = Tokens(hidden, positions[:, None], order, group, source, number_candidates(group, joint=False), torch.arange(count))
         states = dict(self.turn_states) if select else {}
         opened = tokens
@@ -157,9 +160,23 @@ class Decoder:
             tokens = replace(tokens, hidden=self._layer(layer, tokens))
             if layer in self.ends and self.trace and count > 1:
                 self._report(opened, tokens, layer)
+        if following > self.since:
+            for layer in range(len(self.model.text.layers)):
+                self.cache.prune(layer, order[order < following])
+            self.since = following
         last = self.model.text.norm(tokens.hidden[:, -1:])
         logits: Tensor = self.model.head(last)[0, 0].float()
         return logits
+
+    def _hide(self, group: Tensor, order: Tensor) -> int:
+        """Note the first place that each new token sees, and return the first that later tokens see: what the plan's barriers hide."""
+        barrier, first = max((v.barrier for v in self.plan.vision), default=0), self.since
+        self._since = torch.zeros_like(order)
+        for row in range(order.shape[0]):
+            if barrier and row and group[row - 1] > 0 and group[row] != group[row - 1]:
+                first = int(order[row - barrier])
+            self._since[row] = first
+        return int(order[-barrier]) if barrier and group[-1] > 0 else first
 
     def _count_on(self, place: int, count: int) -> Tensor:
         """Positions `[r, count]` that go on where this stretch (-1: from the first layer, else from a renumbering cut) stopped."""
@@ -197,6 +214,8 @@ class Decoder:
         """Additive `[1, 1, T, s]`: a token sees those before it and itself, within the layer's window."""
         back = queries[:, None] - keys[None]
         seen = back >= 0
+        if any(v.barrier for v in self.plan.vision):
+            seen = seen & (keys[None] >= self._since[:, None])
         window = self.plan.windows[layer] if self.plan.windows else None
         if window is not None:
             seen = seen & (back < window)

@@ -29,7 +29,7 @@ def uncompressed(plan: Plan) -> Plan:
         grid = (vision.size[0] // encoder.patch, vision.size[1] // encoder.patch)
         out = (grid[0] // encoder.merge, grid[1] // encoder.merge)
         facts = replace(vision.facts, encoder=replace(encoder, grid=grid), visual_grid=out)
-        return replace(vision, grid=grid, facts=facts, stages=(), tokens=facts.visual_tokens, out_grid=out)
+        return replace(vision, grid=grid, facts=facts, stages=(), tokens=facts.visual_tokens, out_grid=out, barrier=0)
 
     return replace(plan, vision=tuple(whole(v) for v in plan.vision), cuts=())
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from tmc_export.bundle.program import BlockProgram, CutProgram, GraphPhase, Program
 from tmc_export.runtime._backend import Backend, BackendOptions, open_backend
+from tmc_export.runtime._barrier import since_of
 from tmc_export.runtime._chat import expand_image_tokens
 from tmc_export.verify._states import compare_states, entering_state
 from tmc_export.verify._trace import BlockTrace
@@ -138,6 +139,7 @@ class _Runner:
             "order": _pad(order, width, -1)[None],
             "valid": (np.arange(width) < order.shape[0])[None],
             "last": np.array([order.shape[0] - 1]),
+            "since": _pad(since_of(trace.group, trace.order, self.program.barrier, 0)[0][start:], width)[None],
             "past_order": _pad(trace.order[:start], past)[None],
             "past_valid": (np.arange(past) < start)[None],
         }
