@@ -66,6 +66,7 @@ class LlavaMini(Method):
     query_aware = True
     training_free = False
     grows = True
+    replaces_text = True
 
     samples = (
         Sample("encoder", {"grid": 2, "heads": 4, "prefusion": 2}, too_much={"grid": 9}),

@@ -50,7 +50,7 @@ EFFECTS: dict[str, tuple[str, ...]] = {
     "joint-synthetic": ("{at: decoder.2, method: test_mean, keep: 30, made: 2, scope: joint}",),
     "joint-fused": ("{at: decoder.0, method: test_fuse, keep: 40, scope: joint}",),
 }
-QUICK = ("none-left", "synthetic", "truncated")
+QUICK = ("none-left", "synthetic", "truncated", "joint-fused")
 EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in EFFECTS]
 
 

@@ -221,12 +221,12 @@ def _through(entry: Entry, stage: Stage, layout: Layout, facts: ModelFacts, stag
         )
     if layout.barrier and after.barrier != layout.barrier:
         raise LegalityError(
-            f"{entry.origin()}: method '{entry.name}' at {stage.at} comes behind the {layout.barrier} tokens that hide the picture from the "
+            f"{entry.origin()}: method '{entry.name}' at {stage.at} is behind the {layout.barrier} tokens that hide the picture from the "
             "text and does not keep them; put it before the method that makes them"
         )
     if after.barrier and (stage.at.part != "projector" or after.barrier > after.tokens):
         raise LegalityError(
-            f"{entry.origin()}: method '{entry.name}' at {stage.at} hides what stands before the last {after.barrier} of {after.tokens} tokens; "
+            f"{entry.origin()}: method '{entry.name}' at {stage.at} hides what is before the last {after.barrier} of {after.tokens} tokens; "
             "only a stage at projector or projector.replace may, by tokens that it leaves"
         )
     _check_width(entry, stage, layout, after, facts)
