@@ -358,6 +358,34 @@ def test_text_is_replaced_only_where_that_is_defined(entry: str, inputs: str, sa
 
 
 @pytest.mark.parametrize(
+    ("entries", "inputs", "place", "says"),
+    [
+        (("at: projector, method: test_barrier",), "images: 2, ", "8:10", "inputs.images is 2; write images: 1"),
+        (
+            ("at: projector, method: test_barrier", "at: decoder.2, method: fastv"),
+            "",
+            "8:10",
+            "'fastv' cuts at decoder.2, where text would score hidden tokens",
+        ),
+        (
+            ("at: projector, method: test_barrier", "at: projector, method: random, keep: 50%"),
+            "",
+            "9:5",
+            "is behind the 2 tokens that hide the picture from the text and does not keep them",
+        ),
+    ],
+)
+def test_where_a_picture_may_be_hidden(
+    entries: tuple[str, ...], inputs: str, place: str, says: str, write: Writer, files: ModelFiles
+) -> None:
+    with sequence_methods():
+        text = str(refused(write(*entries, inputs=f"{inputs}text_tokens: 64, new_tokens: 64"), files))
+        assert f":{place}: method" in text and says in text
+        plan, _ = make_plan(write(entries[0]), files)
+    assert plan.vision[0].barrier == 2 and all(b.since for b in plan.blocks)
+
+
+@pytest.mark.parametrize(
     ("kv", "says"),
     [
         ({0: 10}, "of layer 0 of the block"),

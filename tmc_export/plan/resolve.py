@@ -226,7 +226,7 @@ def _through(entry: Entry, stage: Stage, layout: Layout, facts: ModelFacts, stag
         )
     if after.barrier and (stage.at.part != "projector" or after.barrier > after.tokens):
         raise LegalityError(
-            f"{entry.origin()}: method '{entry.name}' at {stage.at} hides what is before the last {after.barrier} of {after.tokens} tokens; "
+            f"{entry.origin()}: method '{entry.name}' at {stage.at} hides all but the last {after.barrier} of {after.tokens} tokens; "
             "only a stage at projector or projector.replace may, by tokens that it leaves"
         )
     _check_width(entry, stage, layout, after, facts)
