@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random as _random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -41,7 +41,8 @@ class Random(Method):
     With p a pseudo-random permutation of 0 … n-1 drawn from `seed`: the k candidates with the largest `p_i` stay, in their order. The
     permutation is baked into the graph: all pictures lose the same places, other seeds lose others. Class tokens always stay.
 
-    Shapes (b batch, n candidates, k kept, c channels): tokens `[b, n, c]` -> `[b, k, c]`. Positions are kept.
+    Shapes (b batch, n candidates, k kept, c channels): tokens `[b, n, c]` -> `[b, k, c]`. Positions are kept, or numbered
+    anew under `positions: renumber`.
 
     >>> from tmc_export.graphs._synthetic import context_for
     >>> config = Random.Config(keep=4, seed=7)
@@ -67,10 +68,12 @@ class Random(Method):
         Attributes:
             keep: share or number of the visual tokens that stay; class tokens are not counted.
             seed: which draw.
+            positions: what happens to rotary positions at decoder sites, so that it can stand beside a method of either rule.
         """
 
         keep: Budget = Budget(share=0.5)
         seed: int = Field(default=0, ge=0)
+        positions: Literal["keep", "renumber"] = "keep"
 
     @staticmethod
     def stages(at: Site, config: Random.Config, facts: ModelFacts) -> tuple[Stage, ...]:
@@ -85,7 +88,7 @@ class Random(Method):
         first = layout.class_tokens
         k = kept_of(config.keep, layout.tokens - first, stage.at)
         if not first:
-            return selected(layout, k)
+            return selected(layout, k, config.positions)
         return Layout((Segment("class", first), Segment("visual", k)), layout.width)
 
     @staticmethod

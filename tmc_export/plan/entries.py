@@ -69,8 +69,7 @@ def _read(recipe: Recipe, index: int, facts: ModelFacts) -> Entry:
         site = Site.parse(written.at)
     except ValueError as error:
         raise RecipeError(f"{origin('at')}: {error}") from error
-    form = _form(site)
-    if form not in method.sites:
+    if not {_form(site), str(site)} & set(method.sites):  # decoder.<k>, or one layer alone: decoder.0
         raise LegalityError(f"{origin('at')}: method '{written.method}' cannot act at {written.at}; it acts at: {', '.join(method.sites)}")
     if site.part in ("prefill_end", "step"):
         raise LegalityError(f"{origin('at')}: the site {written.at} is not built yet")
