@@ -136,7 +136,7 @@ def costs(before: Tensor, after: Tensor, grid: tuple[int, int], valid: Tensor, c
     apart = ((place.unsqueeze(1) - place.unsqueeze(0)) ** 2).sum(dim=2)
     middle = ((place - torch.tensor([(h - 1) / 2, (w - 1) / 2])) ** 2).sum(dim=1).sqrt()
     near = 1.0 - (apart / (-2.0 * config.sigma**2)).exp()
-    fixed = config.beta * near + (config.gamma * middle / middle.amax().clamp_min(1e-30)).unsqueeze(1)
+    fixed = config.beta * near + (config.gamma * middle / middle.amax(dim=0).clamp_min(1e-30)).unsqueeze(1)
     cost = config.alpha * (1.0 - cosine(before, after)) / 2.0 + fixed
     return cost * (valid.unsqueeze(1) & valid.unsqueeze(2)).float()
 
