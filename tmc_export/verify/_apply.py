@@ -39,12 +39,11 @@ def from_weights(weights: Tensor, need: Attention, place: str) -> Tensor:
     """
     if need.logits or need.rows not in ("last", "cls", "all"):
         raise ExportError(f"the reference does not capture {need} at {place}; rows of last, cls and all, after softmax, are")
-    rows = {"last": weights[:, :, -1], "cls": weights[:, :, 0]}.get(need.rows)
-    chosen = weights.sum(2) if rows is None else rows
-    chosen = chosen.float()
+    rows = {"last": weights[:, :, -1:], "cls": weights[:, :, :1]}.get(need.rows, weights).float()
     if need.heads == "none":
-        return chosen
-    return chosen.amax(1) if need.heads == "max" else chosen.sum(1) if need.heads == "sum" else chosen.mean(1)
+        return rows.sum(2)
+    joined = rows.amax(1) if need.heads == "max" else rows.sum(1) if need.heads == "sum" else rows.mean(1)
+    return joined.sum(1)  # heads are joined before rows are summed: the largest head is another one in every row
 
 
 def apply_stage(plan: StagePlan, tokens: Tensor, context: Context, picture: int, noise: float) -> Applied:
