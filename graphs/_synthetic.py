@@ -104,6 +104,7 @@ def _context(stage: Stage, b: int, layout: Layout, facts: ModelFacts, draw: Gene
     if stage.at.part in ("decoder", "step", "prefill_end"):
         positions = (source + 5).expand(facts.decoder.rope_axes, b, n).contiguous()
     text = any(isinstance(need, TextEmbeds) for need in stage.needs)
+    rows = any(isinstance(need, Attention) and need.rows == "text" and not need.row_sum for need in stage.needs)
     return Context(
         layout=layout,
         facts=facts,
@@ -111,7 +112,7 @@ def _context(stage: Stage, b: int, layout: Layout, facts: ModelFacts, draw: Gene
         source=source,
         positions=positions,
         text=torch.randn(b, _TEXT_TOKENS, facts.decoder.width, generator=draw) if text else None,
-        text_valid=torch.ones(b, _TEXT_TOKENS, dtype=torch.bool) if text else None,
+        text_valid=torch.ones(b, _TEXT_TOKENS, dtype=torch.bool) if text or rows else None,
         captured={need: _captured(need, b, n, layout, facts, draw) for need in stage.needs},
         weights=weights,
     )

@@ -172,7 +172,8 @@ def test_another_state_is_found(name: str, where: str, handing: dict[str, Built]
     right = Decoder._cut
 
     def wrong(self: Decoder, cut: Any, flow: Any, *rest: Any) -> Any:
-        flow.states = {k: np.ascontiguousarray(v[::-1]) if v.shape[1:] != (64,) else ~v for k, v in flow.states.items()}
+        if cut.entering:
+            flow.states = {k: np.ascontiguousarray(v[::-1]) if v.shape[1:] != (64,) else ~v for k, v in flow.states.items()}
         return right(self, cut, flow, *rest)
 
     monkeypatch.setattr(Decoder, "_cut", wrong)

@@ -36,6 +36,7 @@ def test_text() -> None:
     rows = {line.strip().split("  ")[0]: line.split()[-2:] for line in text.splitlines()}
     assert rows["decoder.2"] == ["144", "72"] and rows["projector"] == ["576", "144"]
     assert rows["graph launches per token"] == ["3", "2"]
+    assert rows["compress_1"][-2:] == ["0.0043", "-"], "one row of 4096 channels against 144 + 128 + 256 slots"
     assert rows["operations, prefill"] == ["2,670.8", "9,378.1"]
 
 

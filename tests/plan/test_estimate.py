@@ -9,8 +9,17 @@ import pytest
 from tests.plan.conftest import Writer
 from tmc_export.core.facts import DecoderFacts
 from tmc_export.families._contract import ModelFiles
-from tmc_export.graphs._contract import Site
-from tmc_export.plan._flops import LayerTokens, cut_flops, decoder_layer_flops, encoder_flops, head_flops, projector_flops, vision_tokens
+from tmc_export.graphs._contract import Attention, Need, Site
+from tmc_export.plan._flops import (
+    CutFlops,
+    LayerTokens,
+    cut_flops,
+    decoder_layer_flops,
+    encoder_flops,
+    head_flops,
+    projector_flops,
+    vision_tokens,
+)
 from tmc_export.plan._launches import decode_launches, prompt_launches
 from tmc_export.plan.estimate import Clock, clock_of, estimate, shares_of
 from tmc_export.plan.make import report_plan
@@ -80,6 +89,24 @@ def test_cuts(write: Writer, files: ModelFiles) -> None:
     report = report_plan(write("at: decoder.8, method: pyramiddrop"), files)
     assert report.cost.duplicated_flops == sum(c.duplicated for c in costs)
     assert report.cost.weights.cuts == 3 * 2 * (2 * 4096 * 4096 + 4096)
+
+
+def test_rows_of_a_cut(write: Writer, files: ModelFiles) -> None:
+    """704 tokens at the cut, 128 of them text; 960 slots in the layer before it."""
+    plan = resolve(write("at: decoder.2, method: fastv, keep: 50%"), files)
+    cut = plan.cuts[0]
+    text, visual = Attention(rows="text", heads="max", row_sum=True), Attention(rows="visual", heads="max", row_sum=True)
+
+    def cost(*needs: Need) -> CutFlops:
+        stage = replace(cut.stages[0], stage=replace(cut.stages[0].stage, needs=needs))
+        return cut_flops(plan, replace(cut, stages=(stage,)))
+
+    assert cost(text).scores == cost(Attention(rows="text")).scores == 2 * 128 * 960 * 4096
+    assert cost(text, visual).scores == cost(visual).scores == 2 * N * 960 * 4096, "one pass serves both sums"
+    assert cost(Attention(rows="window", window=8), Attention(rows="last")).scores == 2 * 9 * 960 * 4096
+    ahead = cost(replace(text, layer="next"))
+    assert (ahead.previous, ahead.following) == ((0, 0), (128, (128 + 288 + 256) + N))
+    assert ahead.scores == 2 * 128 * (672 + N) * 4096 and ahead.duplicated == 2 * N * 4096 * 8192
 
 
 def test_tokens_through_pool_and_fastv(write: Writer, files: ModelFiles) -> None:
