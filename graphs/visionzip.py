@@ -55,7 +55,10 @@ class VisionZip(Method):
     mechanism = "attention"
     sites = ("encoder",)
 
-    samples = (Sample("encoder", {"dominant": 12, "contextual": 7}, too_much={"dominant": 60, "contextual": 7}),)
+    samples = (
+        Sample("encoder", {"dominant": 12, "contextual": 7}, too_much={"dominant": 60, "contextual": 7}),
+        Sample("encoder", {"dominant": 55, "contextual": 10}, too_much={"dominant": 60, "contextual": 7}),
+    )
 
     class Config(MethodConfig):
         """Options.
@@ -105,6 +108,9 @@ class VisionZip(Method):
         top = torch.full_like(score[:, :1], 1e30)
         dominant, rest = keep_top(torch.cat([top, score[:, 1:]], dim=1), config.dominant, valid)
         target, joiner = _split(rest, config.contextual)
+        if not joiner.shape[1]:  # everything stays; engines take no empty tensors
+            every = torch.cat([dominant, target], dim=1)
+            return Compressed(gather(tokens, every), every, gather(valid, every))
         nearest = _nearest(context.captured[_KEYS], target, joiner, valid)
         member = one_hot(nearest, config.contextual).transpose(1, 2)
         member = member / member.sum(dim=2, keepdim=True).clamp_min(1.0)
