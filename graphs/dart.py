@@ -135,11 +135,10 @@ def _largest(x: Tensor, count: int, valid: Tensor) -> Tensor:
     With fewer rows than `count`, the first again as well.
     """
     import torch
-    from torch.nn import functional
 
     from tmc_export.graphs._ops import gather, top_in_order
 
     found = min(count, x.shape[1])
     order = top_in_order(x.abs().sum(dim=2), found, valid)
-    order = functional.pad(torch.where(gather(valid, order), order, order[:, :1].expand(-1, found)), (0, count - found), mode="replicate")
-    return order
+    again = order[:, :1].expand(-1, count)
+    return torch.cat([torch.where(gather(valid, order), order, again[:, :found]), again[:, found:]], dim=1)

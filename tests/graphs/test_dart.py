@@ -60,6 +60,27 @@ def test_more_text_pivots_than_text() -> None:
     assert _kept(Dart.Config(keep=4, pivot_image=1, pivot_text=2), _points([180], [1.0])) == [0, 1, 5, 7]
 
 
+def test_padded_text_is_as_good_as_none() -> None:
+    # two text tokens for four text pivots, alone and with padding longer than either: the same choice
+    tokens, text = _points(ANGLES, LENGTHS), _points([180, 90], [3.0, 1.0])
+    padded = torch.cat([text, torch.full((1, 5, 2), 9.0)], dim=1)
+    config = Dart.Config(keep=6, pivot_image=1, pivot_text=4)
+    (stage,) = Dart.stages(Site.parse("decoder.0"), config, FACTS)
+    kept = []
+    for given in (text, padded):
+        here = Context(
+            layout=Layout((Segment("visual", len(ANGLES)),), 2),
+            facts=FACTS,
+            valid=torch.ones(1, len(ANGLES), dtype=torch.bool),
+            source=torch.arange(len(ANGLES)).unsqueeze(0),
+            text=given,
+            text_valid=torch.arange(given.shape[1]).unsqueeze(0) < 2,
+        )
+        kept.append(Dart.apply(stage, tokens, here, config).source.tolist())
+    # 5 left, 5 pivots, one each: 5 for the image pivot (170 away); 0 for 180 (180), 6 for 90 (180), for 180 again 7 (170) and 2 (120)
+    assert kept[0] == kept[1] == [[0, 1, 2, 5, 6, 7]]
+
+
 def test_a_budget_below_the_pivots_keeps_pivots() -> None:
     # |x|_1: 1.0, 5.79, 1.37, 2.0, 1.41, 1.0, 1.0, 1.16: the two largest are 1 and 3
     assert _kept(Dart.Config(keep=2, pivot_image=4, pivot_text=0)) == [1, 3]
