@@ -32,7 +32,8 @@ def main() -> None:
     backend = open_backend("onnxruntime", options.bundle, options_for(program, options.threads, options.accuracy))
     decoder = Decoder(program, backend)
     decoder.graphs()
-    count = program.blocks[0].tokens
+    first = program.cut_before(0)
+    count = program.blocks[0].tokens if first is None else first.tokens_in
     visual = program.vision[0].tokens
     ids = np.random.default_rng(0).integers(300, 30000, count)  # text rows stand in for pictures: their values do not change the work
     group = np.zeros(count, np.int64)
