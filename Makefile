@@ -22,7 +22,7 @@ endif
 TMC_BUNDLE ?= $(wildcard out/quickstart)
 export TMC_BUNDLE
 
-.PHONY: help setup demo test test-all lint types docs cli-reference package clean
+.PHONY: help setup demo test test-all lint types docs cli-reference methods-table package clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
@@ -53,13 +53,17 @@ lint: $(STAMP) ## ruff: rules and format
 types: $(STAMP) ## mypy --strict
 	$(BIN)/mypy
 
-docs: $(STAMP) ## the CLI reference is current, the documents are true, every >>> example runs
+docs: $(STAMP) ## the CLI reference and the table of methods are current, the documents are true, every >>> example runs
 	$(BIN)/python tools/generate_cli_reference.py --check
+	$(BIN)/python tools/generate_methods_table.py --check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_docs.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --doctest-modules --import-mode=importlib tmc_export tools
 
 cli-reference: $(STAMP) ## write docs/cli.md
 	$(BIN)/python tools/generate_cli_reference.py
+
+methods-table: $(STAMP) ## write docs/methods.md
+	$(BIN)/python tools/generate_methods_table.py
 
 package: $(STAMP) ## sdist, wheel from it, bare environment, Python 3.10
 	$(BIN)/python tools/check_packaging.py

@@ -30,7 +30,7 @@ from tmc_export.graphs._contract import (
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-__all__ = ["FACTS", "arriving_layout", "context_for", "contexts", "small_facts"]
+__all__ = ["FACTS", "arriving_layout", "context_for", "contexts", "layouts", "small_facts"]
 
 _TEXT_TOKENS = 9
 _HEADS = 4
@@ -118,6 +118,26 @@ def _context(stage: Stage, b: int, layout: Layout, facts: ModelFacts, draw: Gene
     )
 
 
+def layouts(
+    method: type[Method], config: MethodConfig, at: str | Site, facts: ModelFacts = FACTS, arriving: Layout | None = None
+) -> Iterator[tuple[Stage, Layout, Layout]]:
+    """Yield `(stage, what arrives, what leaves)` for every stage of a recipe entry, without torch.
+
+    `arriving` replaces the layout of one uncompressed picture at the first stage.
+
+    Raises:
+        ValueError: the method refuses the site, the facts or the budget.
+    """
+    stages = method.stages(at if isinstance(at, Site) else Site.parse(at), config, facts)
+    layout = arriving or arriving_layout(stages[0].at, facts)
+    for stage in stages:
+        if layout.width != (width := arriving_layout(stage.at, facts).width):  # past the projector: no class token, other channels
+            layout = Layout(tuple(s for s in layout.segments if s.kind == "visual"), width)
+        leaving = method.layout(stage, layout, config, facts)
+        yield stage, layout, leaving
+        layout = leaving
+
+
 def contexts(
     method: type[Method],
     config: MethodConfig,
@@ -130,30 +150,22 @@ def contexts(
 ) -> Iterator[tuple[Stage, Tensor, Context]]:
     """Yield `(stage, tokens [b, n, c], context)` for every stage of a recipe entry; later stages get what the earlier ones returned.
 
-    `arriving` replaces the layout of one uncompressed picture at the first stage.
-
-    Raises:
-        ValueError: the method refuses the site, the facts or the budget.
+    See `layouts` for `arriving` and what is raised.
     """
     import torch
 
-    site = at if isinstance(at, Site) else Site.parse(at)
     draw = torch.Generator().manual_seed(seed)
     shapes: Mapping[str, Any] = method.weights(config, facts)
     weights = {name: torch.randn(shape, generator=draw) * 0.1 for name, shape in shapes.items()}
-    stages = method.stages(site, config, facts)
-    layout = arriving or arriving_layout(stages[0].at, facts)
-    tokens = torch.randn(batch, layout.tokens, layout.width, generator=draw)
+    tokens: Tensor | None = None
     state: Mapping[str, Tensor] = {}
-    for stage in stages:
-        if layout.width != (width := arriving_layout(stage.at, facts).width):  # past the projector: no class token, other channels
-            layout = Layout(tuple(s for s in layout.segments if s.kind == "visual"), width)
-            tokens = torch.randn(batch, layout.tokens, width, generator=draw)
-        leaving = method.layout(stage, layout, config, facts)
+    for stage, layout, _ in layouts(method, config, at, facts, arriving):
+        if tokens is None or tokens.shape[1:] != (layout.tokens, layout.width):
+            tokens = torch.randn(batch, layout.tokens, layout.width, generator=draw)
         context = replace(_context(stage, batch, layout, facts, draw, weights), state=state)
         yield stage, tokens, context
         out = method.apply(stage, tokens, context, config)
-        layout, tokens, state = leaving, out.tokens, out.state
+        tokens, state = out.tokens, out.state
 
 
 def context_for(

@@ -77,6 +77,7 @@ class SparseVLM(Method):
     paper = "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference, ICML 2025, arXiv:2410.04417"
     official = "Gumpest/SparseVLMs@26a5f48 llava/model/language_model/{score.py,utils.py,modelling_sparse_llama.py}"
     mechanism = "query"
+    budgets = "tokens kept at each cut: the paper ranks the attention, the released code has tables"
     sites = ("decoder.<k>",)
     query_aware = True
 

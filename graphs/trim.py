@@ -65,6 +65,7 @@ class Trim(Method):
     paper = "Less is More: A Simple yet Effective Token Reduction Method for Efficient Multi-modal LLMs, COLING 2025, arXiv:2409.10994"
     official = "FreedomIntelligence/TRIM@f5a232d llava/model/multimodal_encoder/clip_encoder.py:CLIPVisionTower.token_reduction"
     mechanism = "query"
+    budgets = "share of outliers"
     sites = ("encoder",)
     query_aware = True
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from tmc_export.core.facts import ModelFacts
 from tmc_export.graphs import register
 from tmc_export.graphs._checks import need_site
 from tmc_export.graphs._contract import Compressed, Context, Layout, Method, MethodConfig, Sample, Segment, Site, Stage
+from tmc_export.graphs._fitting import Evidence, Fitted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,18 +33,23 @@ class VTW(Method):
     >>> VTW.apply(stage, tokens, context, VTW.Config()).tokens.shape
     torch.Size([1, 0, 96])
 
-    Limits: K is the site. The paper takes 15 of 32 layers, and finds K with a few prompts, as the first layer whose withdrawal changes the
-    last token's distribution by less than a bound (Kullback-Leibler); that search is not part of the method here. No method can follow at
-    a later layer, because nothing is left to compress.
+    Fitting (`tmc-export fit`): K is the first layer whose withdrawal changes the first answer token's distribution, over a few prompts on
+    average, by less than `divergence`: `KL(withdrawn || whole)` in nats.
+
+    Limits: K is the site; the paper takes 15 of 32 layers. No method can follow at a later layer, because nothing is left to compress.
 
     Where the official code differs: it cuts out a fixed span 35:611 of the prompt, one picture of 576 tokens; here whatever the candidates
-    are. Its second way of numbering positions (without gaps) is not offered: the released results keep them.
+    are. Its search computes the divergences from layer 5 on and leaves the bound to the reader; here it begins at layer 1, and the default
+    of 0.003 is ours. Its second way of numbering positions (without gaps) is not offered: the released results keep them.
     """
 
     paper = "Boosting Multimodal Large Language Models with Visual Tokens Withdrawal for Rapid Inference, AAAI 2025, arXiv:2405.05803"
     official = "lzhxmu/VTW@34a4199 llava/model/language_model/VTW.py:VTWLlamaModel.forward"
     mechanism = "attention"
+    budgets = "the layer, found on a calibration set"
     sites = ("decoder.<k>",)
+    fitted = ("at",)
+    goals = {"divergence": 0.003}
 
     samples = (Sample("decoder.15"),)
 
@@ -72,3 +79,18 @@ class VTW(Method):
 
         none = torch.zeros(tokens.shape[0], 0, dtype=torch.int64)
         return Compressed(tokens[:, :0], none, context.valid[:, :0])
+
+    @staticmethod
+    def fit(config: VTW.Config, facts: ModelFacts, evidence: Evidence, goals: Mapping[str, float]) -> Fitted:
+        """Find the first layer whose withdrawal stays below `goals["divergence"]`."""
+        found: list[tuple[str, float]] = []
+        for layer in range(1, facts.decoder.layers):
+            site = Site("decoder", layer)
+            found.append((str(site), evidence.divergence(site, {})))
+            if found[-1][1] < goals["divergence"]:
+                return Fitted(site, {}, ("at", "divergence"), tuple((name, f"{value:.6f}") for name, value in found))
+        listed = ", ".join(f"{name} {value:.6f}" for name, value in found)
+        raise ValueError(
+            f"divergence: withdrawal stays below {goals['divergence']:g} at no layer ({listed or 'there is 1'}); ask for more than the "
+            "lowest of these, or use another method"
+        )

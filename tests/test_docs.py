@@ -12,6 +12,7 @@ import pytest
 
 from tmc_export.cli import main
 from tools.generate_cli_reference import reference
+from tools.generate_methods_table import page
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [p for name in ("README", "ARCHITECTURE", "CHANGELOG", "CONTRIBUTING") if (p := ROOT / f"{name}.md").is_file()]
@@ -57,6 +58,10 @@ def command_lines(text: str) -> list[str]:
 
 def test_cli_reference_is_current() -> None:
     assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == reference(), "run: make cli-reference"
+
+
+def test_the_table_of_methods_is_current() -> None:
+    assert (ROOT / "docs" / "methods.md").read_text(encoding="utf-8") == page(), "run: make methods-table"
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tmc_export.graphs import METHODS
-from tmc_export.graphs._contract import Attention, Features, Keys, Method, Need, Sample, Site, TextEmbeds, TextTower
-from tmc_export.graphs._synthetic import FACTS, arriving_layout
+from tmc_export.graphs._contract import Attention, Features, Keys, Method, Need, Sample, TextEmbeds, TextTower
+from tmc_export.graphs._synthetic import layouts
 
 __all__ = ["goldens_of", "main", "page", "recipes_of"]
 
@@ -53,14 +53,9 @@ def _needs_and_positions(method: type[Method]) -> tuple[list[str], list[str]]:
     needs: dict[str, None] = {}
     positions: dict[str, None] = {}
     for sample in method.samples or (Sample(method.sites[0].replace("<l>", "1").replace("<k>", "2")),):
-        config = method.Config(**sample.options)
-        layout = None
-        for stage in method.stages(Site.parse(sample.at), config, FACTS):
-            arriving = arriving_layout(stage.at, FACTS)
-            layout = arriving if layout is None or layout.width != arriving.width else layout
-            layout = method.layout(stage, layout, config, FACTS)
+        for stage, _, after in layouts(method, method.Config(**sample.options), sample.at, arriving=sample.arriving):
             needs |= dict.fromkeys(_need(n) for n in stage.needs)
-            positions |= {layout.positions if stage.at.part == "decoder" else "–": None}
+            positions |= {after.positions if stage.at.part == "decoder" else "–": None}
     order: list[str] = [p for p in ("–", "keep", "renumber", "truncate") if p in positions]
     return list(needs), order
 
@@ -81,7 +76,7 @@ def _proved(method: type[Method], built: dict[str, str]) -> Iterator[str]:
     goldens = goldens_of(method.name)
     if goldens:
         yield "golden " + ", ".join(f"`{g}`" for g in goldens)
-    elif method.official == "paper only":
+    elif method.official == "paper only" and method.mechanism != "control":
         yield "paper"
     bundles = {built.get(r, "–") for r in recipes_of(method.name) if r.startswith("tiny-llava")} - {"–"}
     yield "bundle " + (", ".join(sorted(bundles)) if bundles else "–")
@@ -104,7 +99,11 @@ def page() -> str:
     lines = [HEAD, f"{len(methods)} methods.", "", f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
     lines += [f"| {' | '.join(_row(m, built))} |" for m in methods]
     lines += ["", "## Papers and official code", ""]
-    lines += [f"- `{m.name}`: {m.paper}. {'No official code.' if m.official == 'paper only' else m.official}" for m in methods]
+    lines += [
+        f"- `{m.name}`: {m.paper}. {'No official code.' if m.official == 'paper only' else m.official}"
+        for m in methods
+        if m.mechanism != "control"
+    ]
     return "\n".join([*lines, ""])
 
 
