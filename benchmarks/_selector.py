@@ -61,7 +61,7 @@ def _quarter(n: int) -> Mapping[str, Any]:
 
 
 _SEQUENTIAL = "one pick after another, each against all candidates: as many dependent steps as tokens stay"
-_SVD = "singular values of the n x n attention-free information matrix, by sweeps of rotations"
+_SVD = "a singular value decomposition out of products of n x n matrices, some forty rounds of them"
 _SINKHORN = "two n x n cost matrices and iterations of optimal transport over them"
 
 CASES: Mapping[str, Case] = {

@@ -32,7 +32,7 @@ def prefill(bundle: Path) -> Callable[[], object]:
     program = open_manifest(bundle).program
     decoder = Decoder(program, open_backend("onnxruntime", bundle, options_for(program)))
     count = program.blocks[0].tokens
-    ids = np.random.default_rng(0).integers(300, 30000, count)  # values do not change the work
+    ids = np.random.default_rng(0).integers(300, program.vocabulary - 1, count)  # values do not change the work
     positions = np.broadcast_to(np.arange(count), (program.rope_axes, count))
     group = np.zeros(count, np.int64)
 

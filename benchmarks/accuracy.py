@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from tmc_export.plan.types import Plan
     from tmc_export.recipe.recipe import Recipe
 
-__all__ = ["BUNDLES", "NOT_HERE", "Bundle", "all_bundles", "collect", "paired", "plan_of", "recipe_of", "untrained"]
+__all__ = ["BUNDLES", "NOT_HERE", "Bundle", "all_bundles", "collect", "learned", "paired", "plan_of", "recipe_of"]
 
 MODEL = REPOSITORY / "examples" / "tiny-llava"
 RECIPES = REPOSITORY / "recipes"
@@ -170,27 +170,31 @@ def _layers(plan: Plan) -> list[int]:
 
 
 @functools.cache
-def untrained() -> tuple[tuple[str, str, bool], ...]:
-    """Learned methods of the shipped recipes: method, recipe, and whether its weights are a file that exists."""
+def learned() -> tuple[tuple[str, str, str], ...]:
+    """Learned methods of the shipped recipes: method, recipe, and its weights: `trained`, `missing` (their file is) or `random`."""
     from tmc_export.graphs import METHODS
     from tmc_export.recipe import load_recipe
 
     found = []
     for path in sorted(RECIPES.glob("tiny-llava-*.yaml")):
         entries = load_recipe(path).compress
-        learned = [e for e in entries if e.method in METHODS and not METHODS.get(e.method).training_free]
-        files = [e.weights.file for e in learned if e.weights is not None and e.weights.file is not None]
-        trained = len(files) == len(learned) and all((RECIPES / name).is_file() for name in files)
-        found += [(e.method, path.stem, trained) for e in learned]
+        for entry in entries:
+            if entry.method in METHODS and not METHODS.get(entry.method).training_free:
+                file = None if entry.weights is None else entry.weights.file
+                found.append((entry.method, path.stem, "random" if file is None else _file_state(RECIPES / file)))
     return tuple(found)
+
+
+def _file_state(path: Path) -> str:
+    return "trained" if path.is_file() else "missing"
 
 
 @functools.cache
 def all_bundles() -> tuple[Bundle, ...]:
     """The table's rows, those of methods trained on the scenes included."""
     more = []
-    for method, recipe, trained in untrained():
-        if trained:
+    for method, recipe, weights in learned():
+        if weights == "trained":
             tokens = _layers(plan_of(_shipped(recipe)))[-1]
             control = min((b for b in BUNDLES if b.name in ("random-98", "random-49")), key=lambda b: abs(b.tokens - tokens)).name
             more.append(Bundle(f"{method}-{tokens}", tokens, f"{method}: trained on the scenes", recipe, (), (), control))
@@ -369,8 +373,9 @@ def _pair_rows(data: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 def _without() -> Iterator[tuple[str, str, str]]:
     """Methods without figures: tokens, method, why."""
-    for method, recipe, trained in untrained():
-        if not trained:
+    trained = {method for method, _, weights in learned() if weights == "trained"}
+    for method, recipe, weights in learned():
+        if weights == "random" and method not in trained:
             yield str(_layers(plan_of(_shipped(recipe)))[-1]), method, "random weights: a graph is shown, its accuracy is n/a"
     for method, why in NOT_HERE.items():
         yield "", method, why
@@ -399,8 +404,8 @@ def _table(rows: Sequence[dict[str, Any]], scenes: int) -> str:
             f"| {row['tokens']} | {row['mean_tokens']:.0f} | {row['says']} | {row['share']:.3f} | {row['low']:.3f} to {row['high']:.3f} | "
             f"{row['minus_random']} | {row['minus_downsample']} | {kinds} | {row['control']} |"
         )
-    empty = " | " * (4 + len(KINDS))
-    lines += [f"| {tokens} | | {method} | n/a | {why} |{empty}|" for tokens, method, why in _without()]
+    rest = [""] * (3 + len(KINDS))
+    lines += [f"| {' | '.join([tokens, '', method, 'n/a', why, *rest])} |" for tokens, method, why in _without()]
     lines += ["", "The same tokens under two position rules, compared question by question:", ""]
     lines += [f"- {r['what']}: {r['figure']}" for r in rows if "share" not in r]
     return "\n".join([*lines, ""])

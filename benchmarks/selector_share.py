@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -44,14 +45,22 @@ def prefills(base: Path) -> dict[int, Path]:
 
 
 def selectors(base: Path, names: list[str]) -> list[dict[str, Any]]:
-    """Write the selectors' graphs in a process of its own (the timing must not share one with torch); what each is."""
+    """Write the selectors' graphs in two processes of their own (the timing must not share one with torch); what each is."""
     folder = base / "selectors"
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "benchmarks._selector", str(folder), *names]
-    done = subprocess.run(command, stdout=subprocess.PIPE, cwd=REPOSITORY, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}")
-    return [json.loads(line) for line in done.stdout.decode().splitlines()]
+    chosen = names or list(CASES)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    commands = [[sys.executable, "-m", "benchmarks._selector", str(folder), *part] for part in (chosen[::2], chosen[1::2]) if part]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, cwd=REPOSITORY, env=env) for command in commands]
+    found: list[dict[str, Any]] = []
+    for command, process in zip(commands, running, strict=True):
+        out, _ = process.communicate()
+        if process.returncode:
+            for other in running:
+                other.kill()
+            raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
+        found += [json.loads(line) for line in out.decode().splitlines()]
+    return sorted(found, key=lambda said: (list(CASES).index(said["name"]), said["visual"]))
 
 
 def graph_of(said: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.accuracy import BUNDLES, NOT_HERE, PAIRS, SMALLER, Bundle, all_bundles, paired, plan_of, recipe_of, untrained
+from benchmarks.accuracy import BUNDLES, NOT_HERE, PAIRS, SMALLER, Bundle, all_bundles, learned, paired, plan_of, recipe_of
 from tmc_export.graphs import METHODS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -30,9 +30,9 @@ def test_every_training_free_image_method_has_a_row_or_a_reason() -> None:
 
 
 def test_every_learned_image_method_is_listed() -> None:
-    learned = {name for name in METHODS if not METHODS.get(name).training_free and METHODS.get(name).modality == "image"}
-    assert {method for method, _, _ in untrained()} == learned
-    trained = {recipe for _, recipe, there in untrained() if there}
+    names = {name for name in METHODS if not METHODS.get(name).training_free and METHODS.get(name).modality == "image"}
+    assert {method for method, _, _ in learned()} == names
+    trained = {recipe for _, recipe, weights in learned() if weights == "trained"}
     assert {b.recipe for b in all_bundles() if b not in BUNDLES} == trained
 
 
