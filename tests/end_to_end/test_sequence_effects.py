@@ -159,17 +159,11 @@ def failures(built: Built, cases: Any) -> list[str]:
     return [c.name for c in play(built.load(), cases, TABLE, "float32") if not c.passed]
 
 
-def shifted_places(tokens: Any, rows: Any, listed: Any, values: Any) -> Any:
-    """As the reference's `leave`, but synthetic tokens of a picture stand in front."""
-    found = _LEAVE(tokens, rows, listed, values)
-    return replace(found, order=tokens.order[rows[: len(listed)]])
-
-
 _LEAVE = _sequence.leave
 
 
 def test_another_place_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last synthetic token in front of the text that sees it would hide nothing; a place behind the text would."""
+    """The last synthetic token behind the text that follows the picture, which then does not see it."""
     subject = built(folder, "synthetic")
 
     def behind(tokens: Any, rows: Any, listed: Any, values: Any) -> Any:
