@@ -23,6 +23,8 @@ from tmc_export.core.facts import ModelFacts
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from tmc_export.graphs._fitting import Evidence, Fitted
+
 __all__ = [
     "Attention",
     "Budget",
@@ -261,10 +263,10 @@ class Layout:
             has before the cut, so that a gap stands for what earlier turns lost; under `renumber`, behind the last token. The next
             token's position is one more than the last one (under `keep`: than the last one that arrived).
         kv_rows: decoder layer → visual KV rows left in a layer *before* the cut (retroactive pruning); empty when untouched.
-        barrier: tokens at the end of a picture that hide everything before them, the picture and what the conversation said so far, from all
-            that follows (VoCo): no later token sees a key before the first of them, and once the turn is prefilled the turn's rows before
-            it leave the KV of every layer. At `projector` or `projector.replace`, by the last stage there, with `inputs.images: 1` and
-            no cut in the decoder; 0: nothing is hidden.
+        barrier: tokens at the end of a picture that hide everything before them, the picture and what the conversation said so far, from
+            all that follows (VoCo): no later token sees a key before the first of them, and once the turn is prefilled the turn's rows
+            before it leave the KV of every layer. At `projector` or `projector.replace`, by the last stage there, with
+            `inputs.images: 1` and no cut in the decoder; 0: nothing is hidden.
         entry_tokens: candidates that arrived at the first cut of the recipe entry, for methods that budget against them (PyramidDrop);
             such a method's own `layout` sets it at its first stage and reads it at the later ones; every other layout leaves None.
     """
@@ -389,6 +391,9 @@ class Method:
         replaces_text: `Compressed.text` is set: the picture is fused into the prompt. Only at `decoder.0`, with `TextEmbeds` asked for, and
             with one picture or `scope: joint`, because no rule says how several pictures share the text. A turn without pictures keeps
             its text as it is.
+        fitted: what `fit` finds: names of options, and `at` where it sets the site. Empty: nothing to fit.
+        goals: what a fitting can be asked to meet, with the default: `flops`, the share of the decoder layers' operations in a full prefill
+            that stays, or `divergence`, in nats.
         samples: further sites and options for the conformance suite; without any, the default options at the first site are tried.
     """
 
@@ -403,6 +408,8 @@ class Method:
     budgets: ClassVar[str] = ""
     grows: ClassVar[bool] = False
     replaces_text: ClassVar[bool] = False
+    fitted: ClassVar[tuple[str, ...]] = ()
+    goals: ClassVar[Mapping[str, float]] = {}
     samples: ClassVar[tuple[Sample, ...]] = ()
 
     Config: type[MethodConfig] = MethodConfig
@@ -425,4 +432,19 @@ class Method:
     @staticmethod
     def apply(stage: Stage, tokens: Tensor, context: Context, config: Any) -> Compressed:
         """Compress the candidates `[b, n, c]`; deterministic, static shapes, standard operators."""
+        raise NotImplementedError
+
+    @staticmethod
+    def fit(config: Any, facts: ModelFacts, evidence: Evidence, goals: Mapping[str, float]) -> Fitted:
+        """Find what `fitted` names on calibration prompts, for `tmc-export fit`; deterministic.
+
+        Args:
+            config: the options as the recipe has them.
+            facts: the model's numbers.
+            evidence: the model; see `graphs/_fitting.py`.
+            goals: a value for every name in `goals`.
+
+        Raises:
+            ValueError: a goal cannot be met, with the reason and the fix.
+        """
         raise NotImplementedError

@@ -17,7 +17,7 @@ from tmc_export.graphs import METHODS
 from tmc_export.graphs._contract import Method, MethodConfig, Site, Stage
 from tmc_export.recipe.recipe import Recipe, WeightsSource
 
-__all__ = ["Entry", "read_entries"]
+__all__ = ["Entry", "read_entries", "read_options"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,12 @@ def read_entries(recipe: Recipe, facts: ModelFacts) -> tuple[Entry, ...]:
     return tuple(_read(recipe, index, facts) for index in range(len(recipe.compress)))
 
 
-def _read(recipe: Recipe, index: int, facts: ModelFacts) -> Entry:
+def read_options(recipe: Recipe, index: int) -> MethodConfig:
+    """Validate the options of one entry, and nothing else of it.
+
+    Raises:
+        RecipeError: an unknown method or option, or a value it may not have.
+    """
     written = recipe.compress[index]
 
     def origin(*keys: str) -> str:
@@ -64,7 +69,17 @@ def _read(recipe: Recipe, index: int, facts: ModelFacts) -> Entry:
         method = METHODS.get(written.method)
     except TmcError as error:
         raise RecipeError(f"{origin('method')}: {error}") from error
-    config = _config(method, written.method, dict(written.options), origin)
+    return _config(method, written.method, dict(written.options), origin)
+
+
+def _read(recipe: Recipe, index: int, facts: ModelFacts) -> Entry:
+    written = recipe.compress[index]
+
+    def origin(*keys: str) -> str:
+        return str(recipe.origin(("compress", index, *keys)))
+
+    config = read_options(recipe, index)
+    method = METHODS.get(written.method)
     try:
         site = Site.parse(written.at)
     except ValueError as error:

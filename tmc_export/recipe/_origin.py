@@ -67,6 +67,22 @@ class Origins:
         """Return the place of the key at `path`, or of its value when it has no key of its own (an item of a list)."""
         return self.keys.get(path) or self.at(path)
 
+    def without(self, path: Path) -> Origins:
+        """Return the places with the list item at `path` taken out: those behind it move up by one."""
+        holder, index = path[:-1], path[-1]
+
+        def moved(places: Mapping[Path, Origin]) -> dict[Path, Origin]:
+            found: dict[Path, Origin] = {}
+            for known, place in places.items():
+                here = known[len(holder)] if len(known) > len(holder) and known[: len(holder)] == holder else None
+                if not isinstance(here, int) or not isinstance(index, int) or here < index:
+                    found[known] = place
+                elif here > index:
+                    found[(*holder, here - 1, *known[len(path) :])] = place
+            return found
+
+        return Origins(self.root, moved(self.values), moved(self.keys))
+
     def replaced(self, path: Path, origin: Origin) -> Origins:
         """Return a copy in which `path` and all below it come from `origin`."""
         values = {known: place for known, place in self.values.items() if known[: len(path)] != path}

@@ -302,6 +302,19 @@ class Recipe(_Strict):
         moved._path = folder.resolve() / "recipe.yaml"
         return moved
 
+    def without_entry(self, index: int) -> Recipe:
+        """Return the same recipe without one entry of `compress`; the others keep their lines."""
+        changed = self.model_copy(update={"compress": (*self.compress[:index], *self.compress[index + 1 :])})
+        changed._origins = self._origins.without(("compress", index))
+        return changed
+
+    def with_entry(self, index: int, at: str, options: Mapping[str, JsonValue]) -> Recipe:
+        """Return the same recipe with an entry of `compress` at another site and with some options changed."""
+        entry = self.compress[index]
+        written = {**entry.model_dump(mode="json", exclude_defaults=True), "at": at, **options}
+        changed = Compress.model_validate_json(json.dumps(written))
+        return self.model_copy(update={"compress": (*self.compress[:index], changed, *self.compress[index + 1 :])})
+
     def weights_file(self, entry: int) -> FilePath | None:
         """Return the file that `compress.<entry>.weights` names (it need not exist), found as a model folder is; None without one."""
         weights = self.compress[entry].weights

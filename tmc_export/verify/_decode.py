@@ -24,7 +24,9 @@ from tmc_export.verify._sequence import Tokens, leave, number_candidates, rows_t
 from tmc_export.verify._towers import ReferenceModel
 from tmc_export.verify._trace import BlockTrace, StageTrace
 
-__all__ = ["Cache", "Decoder"]
+__all__ = ["Cache", "Decoder", "Watcher"]
+
+Watcher = Callable[[LayerMap, Tokens], Tensor | None]
 
 
 class Cache:
@@ -98,10 +100,33 @@ class Decoder:
         self._weights: dict[int, Tensor] = {}
         self._queries: dict[int, Tensor] = {}
         self._keys: dict[int, Tensor] = {}
+        self._hooks: dict[int, Any] = {}
+        self._watchers: dict[int, Watcher] = {}
         for cut in plan.cuts:
             if cut.attention("previous"):
-                model.text.layers[cut.layer - 1].self_attn.register_forward_hook(self._record(cut.layer - 1))
+                self._hook(cut.layer - 1)
         self.reset()
+
+    def _hook(self, layer: int) -> None:
+        if layer not in self._hooks:
+            self._hooks[layer] = self.model.text.layers[layer].self_attn.register_forward_hook(self._record(layer))
+
+    def watch(self, watchers: Mapping[int, Watcher]) -> None:
+        """Show the attention map of these layers, and the tokens that leave them, to a function; no cut may follow them directly.
+
+        Args:
+            watchers: by layer; each returns the rows that go on to the next layer, or None for all. They replace earlier ones.
+        """
+        for layer in watchers:
+            if layer + 1 in self.cuts:
+                raise ExportError(f"decoder layer {layer} cannot be looked at: the plan cuts behind it, and the cut would see other tokens")
+            self._hook(layer)
+        self._watchers = dict(watchers)
+
+    def close(self) -> None:
+        """Leave the model alone: another decoder is going to use it."""
+        for hook in self._hooks.values():
+            hook.remove()
 
     def _record(self, layer: int) -> Callable[[Any, Any, Any], None]:
         def hook(module: Any, arguments: Any, output: Any) -> None:
@@ -158,6 +183,9 @@ class Decoder:
             if layer in self.starts:
                 opened = tokens
             tokens = replace(tokens, hidden=self._layer(layer, tokens))
+            if select and layer in self._watchers:
+                rows = self._watchers[layer](self._previous_map(layer, tokens), tokens)
+                tokens = tokens if rows is None else tokens.take(rows)
             if layer in self.ends and self.trace and count > 1:
                 self._report(opened, tokens, layer)
         if following > self.since:

@@ -6,7 +6,7 @@ method is called on exactly the candidates it decides over, one picture at a tim
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from tmc_export.core.errors import RuntimeInputError
 from tmc_export.plan.types import Plan, VisionPlan
-from tmc_export.verify._decode import Decoder
+from tmc_export.verify._decode import Decoder, Watcher
 from tmc_export.verify._learned import MethodWeights
 from tmc_export.verify._positions import rotary_positions
 from tmc_export.verify._see import Seen, see
-from tmc_export.verify._towers import load_model
+from tmc_export.verify._towers import ReferenceModel, load_model
 from tmc_export.verify._trace import BlockTrace, ReferenceTurn, StageTrace
 from tmc_export.verify.tolerances import margin_bound, precision_of
 
@@ -49,19 +49,36 @@ class Reference:
         plan: what to compress where; a plan without stages gives the model itself.
         dtype: `float32`, or `float16` to look at half-precision arithmetic.
         trace: report the prompt at every block (`ReferenceTurn.blocks`).
+        loaded: the `model` of a closed reference, of this dtype, to be used again.
 
     Raises:
         ModelError: the checkpoint cannot be loaded, or its kind has no reference.
     """
 
-    def __init__(self, model_folder: Path, plan: Plan, *, dtype: Literal["float32", "float16"] = "float32", trace: bool = False) -> None:
+    def __init__(
+        self,
+        model_folder: Path,
+        plan: Plan,
+        *,
+        dtype: Literal["float32", "float16"] = "float32",
+        trace: bool = False,
+        loaded: ReferenceModel | None = None,
+    ) -> None:
         self.plan = plan
         self.dtype = torch.float16 if dtype == "float16" else torch.float32
-        self.model = load_model(Path(model_folder), self.dtype)
+        self.model = load_model(Path(model_folder), self.dtype) if loaded is None else loaded
         self.noise = margin_bound(precision_of(plan))
         self._learned = MethodWeights(self.dtype)
         self._decoder = Decoder(self.model, plan, self.noise, trace, self._learned)
         self.reset()
+
+    def watch(self, watchers: Mapping[int, Watcher]) -> None:
+        """Show the decoder's attention to functions, see `Decoder.watch`."""
+        self._decoder.watch(watchers)
+
+    def close(self) -> None:
+        """Leave the loaded model to another reference; this one answers no more."""
+        self._decoder.close()
 
     def reset(self) -> None:
         """Begin a new conversation."""

@@ -1,0 +1,97 @@
+"""A copy of a recipe file with some values of one entry changed; comments and order stay."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import JsonValue
+
+from tmc_export.core.errors import RecipeError
+from tmc_export.recipe._shipped import is_path
+from tmc_export.recipe.load import load_recipe
+from tmc_export.recipe.recipe import Recipe
+
+__all__ = ["write_fitted"]
+
+_WIDTH = 1 << 20
+
+
+def write_fitted(recipe: Recipe, entry: int, at: str, options: Mapping[str, JsonValue], target: Path) -> None:
+    """Write the recipe's file anew with an entry's site and options changed; paths in it are made to start from the new place.
+
+    The new file is read back before it takes its place; on any error `target` is as before.
+
+    Args:
+        recipe: read from a file, without `--set`.
+        entry: index in `compress`.
+        at: the site.
+        options: the options to change or add.
+        target: the file to write; one that is there is replaced.
+
+    Raises:
+        RecipeError: the recipe has no file, or what was written does not read back as wanted.
+        OSError: the file cannot be written.
+    """
+    if recipe.path is None:
+        raise RecipeError("the recipe was made in Python and has no file to copy; change it there")
+    target = Path(os.path.realpath(target))
+    text = _changed(recipe, entry, {"at": at, **options}, target.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=".yaml", dir=target.parent)
+    part = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(part, stat.S_IMODE(recipe.path.stat().st_mode))
+        got, want = load_recipe(part), recipe.with_entry(entry, at, options)
+        if got.compress[entry].options != want.compress[entry].options or got.compress[entry].at != at:
+            raise RecipeError(f"{target}: the copy would say something else than was fitted; write {dict(options)} at {at} by hand")
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _changed(recipe: Recipe, entry: int, values: Mapping[str, JsonValue], folder: Path) -> str:
+    from ruamel.yaml import YAML
+    from ruamel.yaml.comments import CommentedSeq
+
+    yaml = YAML(typ="rt")
+    yaml.width = _WIDTH
+    yaml.preserve_quotes = True
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    path = Path(str(recipe.path))
+    data: Any = yaml.load(path.read_text("utf-8-sig"))
+    for key, value in values.items():
+        if isinstance(value, list):
+            items = CommentedSeq(value)
+            items.fa.set_flow_style()
+            data["compress"][entry][key] = items
+        else:
+            data["compress"][entry][key] = value
+    if folder != recipe.folder:
+        _move(recipe, data, folder)
+    out = io.StringIO()
+    yaml.dump(data, out)
+    return out.getvalue()
+
+
+def _move(recipe: Recipe, data: Any, folder: Path) -> None:
+    """Let relative paths start from another folder."""
+
+    def moved(written: str) -> str:
+        return written if written.startswith(("/", "~")) else os.path.relpath(recipe.folder / written, folder)
+
+    if recipe.model_folder() is not None:
+        source = moved(recipe.model.source)
+        data["model"]["source"] = source if source.startswith((".", "/", "~")) else f"./{source}"
+    for index, entry in enumerate(recipe.compress):
+        if entry.weights is not None and entry.weights.file is not None:
+            data["compress"][index]["weights"]["file"] = moved(entry.weights.file)
+    if is_path(recipe.target.device):
+        device = moved(recipe.target.device)
+        data["target"]["device"] = device if "/" in device else f"./{device}"
