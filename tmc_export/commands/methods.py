@@ -44,6 +44,7 @@ def _facts(method: type[Method]) -> dict[str, object]:
         "sites": list(method.sites),
         "query_aware": method.query_aware,
         "training_free": method.training_free,
+        "fitted": list(method.fitted),
     }
 
 

@@ -49,11 +49,26 @@ def write_fitted(recipe: Recipe, entry: int, at: str, options: Mapping[str, Json
             file.write(text)
         os.chmod(part, stat.S_IMODE(recipe.path.stat().st_mode))
         got, want = load_recipe(part), recipe.with_entry(entry, at, options)
-        if got.compress[entry].options != want.compress[entry].options or got.compress[entry].at != at:
+        if _meaning(got) != _meaning(want):
             raise RecipeError(f"{target}: the copy would say something else than was fitted; write {dict(options)} at {at} by hand")
         os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _meaning(recipe: Recipe) -> tuple[object, ...]:
+    """What a recipe says, wherever it lies: values, and the files that its paths lead to."""
+    said = recipe.model_dump(mode="json")
+    found: list[object] = [recipe.model_folder() or said["model"]["source"]]
+    said["model"]["source"] = None
+    for index, entry in enumerate(said["compress"]):
+        if entry["weights"] is not None:
+            entry["weights"]["file"] = None
+            found.append(recipe.weights_file(index))
+    if is_path(recipe.target.device):
+        found.append(os.path.realpath(recipe.folder / recipe.target.device))
+        said["target"]["device"] = None
+    return (said, *found)
 
 
 def _changed(recipe: Recipe, entry: int, values: Mapping[str, JsonValue], folder: Path) -> str:

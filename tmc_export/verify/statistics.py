@@ -91,13 +91,15 @@ class Calibration:
                     f"fitting cannot look at {wrong or 'nothing'} at {stage.at}; attention of the layer before a cut is shown"
                 )
         self._open(self.plan)
-        for number in range(self.prompts):
-            watchers: dict[int, Watcher] = {}
-            for stage in stages:
-                watchers[(stage.at.layer or 0) - 1] = partial(_look, number, stage, visit)
-            self._reference.watch(watchers)
-            self._ask(number)
-        self._reference.watch({})
+        try:
+            for number in range(self.prompts):
+                watchers: dict[int, Watcher] = {}
+                for stage in stages:
+                    watchers[(stage.at.layer or 0) - 1] = partial(_look, number, stage, visit)
+                self._reference.watch(watchers)
+                self._ask(number)
+        finally:
+            self._reference.watch({})
 
     def divergence(self, plan: Plan) -> float:
         """`KL(plan || without the entry)` of the first answer token, in nats, the prompts' mean."""
