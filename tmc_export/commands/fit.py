@@ -31,8 +31,18 @@ def _share(ctx: click.Context, param: click.Parameter, value: str | None) -> flo
 )
 @click.option("--samples", type=click.IntRange(min=1), default=16, show_default=True, help="Prompts at most, spread over what there is.")
 @click.option("--entry", type=int, metavar="N", help="Which entry of compress, from 0; only needed where several can be fitted.")
-@click.option("--flops", callback=_share, metavar="SHARE", help="Fit to this share of the decoder's prefill operations, such as 40%.")
-@click.option("--divergence", type=float, metavar="NATS", help="Fit to a change of the first answer token's distribution below this.")
+@click.option(
+    "--flops",
+    callback=_share,
+    metavar="SHARE",
+    help="Goal: the share of the decoder layers' operations in a full prefill that stays, such as 40%.",
+)
+@click.option(
+    "--divergence",
+    type=float,
+    metavar="NATS",
+    help="Goal: the change of the first answer token's distribution (Kullback-Leibler) stays below.",
+)
 @click.option("--force", is_flag=True, help="Replace the output.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def command(
@@ -49,9 +59,9 @@ def command(
 ) -> None:
     """Find what an entry of RECIPE leaves to data, and write a copy of the recipe with it.
 
-    The uncompressed model runs on a few prompts with a picture each, in float32 on the CPU, as often as the method asks: fitprune runs them
-    ten times for its table of deletions per layer (--flops, 40% by default), vtw once for every layer until the picture can be withdrawn
-    (--divergence, 0.003 by default). Comments stay as they are. Nothing is written before the fitted recipe has its plan.
+    The model runs on a few prompts with a picture each, in float32 on the CPU, as often as the method asks; `tmc-export methods NAME` says
+    what it fits, to which goal, and how. Comments stay as they are. Nothing is written before the fitted recipe has its plan. Exit code 3:
+    the goal cannot be met.
     """
     import json
     from dataclasses import asdict

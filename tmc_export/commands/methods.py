@@ -45,6 +45,7 @@ def _facts(method: type[Method]) -> dict[str, object]:
         "query_aware": method.query_aware,
         "training_free": method.training_free,
         "fitted": list(method.fitted),
+        "goals": [f"{name} {value:g}" for name, value in method.goals.items()],
     }
 
 
