@@ -54,6 +54,10 @@ def need_divisible(method: str, what: str, width: int, heads: int) -> None:
 
 def need_fewer(method: str, option: str, made: int, arriving: int, at: object) -> None:
     """Raise `ValueError` when a module would make more tokens than arrive."""
+    if arriving < 1:
+        raise ValueError(
+            f"{method}: {option} makes {made} tokens of the {arriving} that are left at {at}; put {method} first, or remove it"
+        )
     if made > arriving:
         raise ValueError(f"{method}: {option} makes {made} tokens of the {arriving} that arrive at {at}; lower it to at most {arriving}")
 

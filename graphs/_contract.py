@@ -234,11 +234,14 @@ class Stage:
         at: where.
         needs: what to capture for it.
         index: 0-based number of the cut within its recipe entry.
+        tied: reads a state with a value per token, or tokens that it knows by their place, from this entry's stage before it. A plan
+            refuses other entries that change the tokens in between.
     """
 
     at: Site
     needs: tuple[Need, ...] = ()
     index: int = 0
+    tied: bool = False
 
 
 @dataclass(frozen=True)

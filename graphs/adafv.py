@@ -93,7 +93,7 @@ class AdaFV(Method):
         if at.layer != 0:
             raise ValueError(f"adafv compares the decoder's inputs with the prompt's, not at {at}; write at: decoder.0")
         need_class_token("adafv", facts)
-        return Stage(Site("encoder"), (_CLASS,), 0), Stage(at, (_TEXT,), 1)
+        return Stage(Site("encoder"), (_CLASS,), 0), Stage(at, (_TEXT,), 1, tied=True)
 
     @staticmethod
     def layout(stage: Stage, layout: Layout, config: AdaFV.Config, facts: ModelFacts) -> Layout:

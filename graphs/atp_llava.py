@@ -107,7 +107,7 @@ class ATPLLaVA(Method):
             )
         if min(config.strides, default=0) < 1:
             raise ValueError(f"strides: {list(config.strides)} are rows and columns between two samples; give one at least, each 1 or more")
-        return tuple(Stage(Site("decoder", layer), (_SELF, _CROSS, _TEXT), index) for index, layer in enumerate(layers))
+        return tuple(Stage(Site("decoder", layer), (_SELF, _CROSS, _TEXT), index, tied=index > 0) for index, layer in enumerate(layers))
 
     @staticmethod
     def weights(config: ATPLLaVA.Config, facts: ModelFacts) -> Mapping[str, Shape]:

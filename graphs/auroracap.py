@@ -76,7 +76,7 @@ class AuroraCap(Method):
                 f"auroracap protects one token, and {facts.architecture} has {facts.encoder.class_tokens} class tokens; use at: projector "
                 "methods"
             )
-        return tuple(Stage(Site("encoder", layer, "mid"), (_KEYS,), layer) for layer in range(facts.encoder.layers))
+        return tuple(Stage(Site("encoder", layer, "mid"), (_KEYS,), layer, tied=layer > 0) for layer in range(facts.encoder.layers))
 
     @staticmethod
     def layout(stage: Stage, layout: Layout, config: AuroraCap.Config, facts: ModelFacts) -> Layout:

@@ -103,7 +103,7 @@ class LlamaVid(Method):
     def stages(at: Site, config: LlamaVid.Config, facts: ModelFacts) -> tuple[Stage, ...]:
         """The content in the projector's place, the context on the assembled embeddings, which reads the text."""
         need_site("llama_vid", at, "projector.replace")
-        return Stage(at), Stage(Site("decoder", 0), (_need(config),), 1)
+        return Stage(at), Stage(Site("decoder", 0), (_need(config),), 1, tied=True)
 
     @staticmethod
     def weights(config: LlamaVid.Config, facts: ModelFacts) -> Mapping[str, tuple[int, ...]]:

@@ -101,7 +101,7 @@ class LlavaMini(Method):
         need_raster_encoder("llava_mini", at, facts)
         need_divisible("llava_mini", "the encoder's width", facts.encoder.width, config.heads)
         first = Stage(at)
-        return (first, Stage(Site("decoder", 0), (_TEXT,), 1)) if config.prefusion else (first,)
+        return (first, Stage(Site("decoder", 0), (_TEXT,), 1, tied=True)) if config.prefusion else (first,)
 
     @staticmethod
     def weights(config: LlavaMini.Config, facts: ModelFacts) -> Mapping[str, tuple[int, ...]]:

@@ -116,7 +116,7 @@ class MustDrop(Method):
                 f"layers: {list(layers)} must rise, from 1 to at most {depth - 1}: {facts.architecture} has {depth} decoder layers; "
                 "set layers"
             )
-        cuts = (Stage(Site("decoder", layer), (_ROWS, _TEXT), index + 2) for index, layer in enumerate(layers))
+        cuts = (Stage(Site("decoder", layer), (_ROWS, _TEXT), index + 2, tied=True) for index, layer in enumerate(layers))
         return (Stage(at), Stage(Site("encoder"), (_class_row(facts),), 1), *cuts)
 
     @staticmethod

@@ -103,7 +103,7 @@ class ToMe(Method):
             raise ValueError(
                 f"r: {list(config.r)} has {len(config.r)} numbers for {len(layers)} layers that merge; give one for each, or a single one"
             )
-        return tuple(Stage(Site("encoder", layer, "mid"), (_KEYS,), index) for index, layer in enumerate(layers))
+        return tuple(Stage(Site("encoder", layer, "mid"), (_KEYS,), index, tied=index > 0) for index, layer in enumerate(layers))
 
     @staticmethod
     def layout(stage: Stage, layout: Layout, config: ToMe.Config, facts: ModelFacts) -> Layout:

@@ -90,7 +90,7 @@ class TopV(Method):
             raise ValueError(
                 f"topv at {at} needs a decoder layer before and after the cut; use decoder.1 to decoder.{depth - 1} (the paper: decoder.3)"
             )
-        return Stage(Site("decoder", layer - 1), (), 0), Stage(at, (), 1)
+        return Stage(Site("decoder", layer - 1), (), 0), Stage(at, (), 1, tied=True)
 
     @staticmethod
     def layout(stage: Stage, layout: Layout, config: TopV.Config, facts: ModelFacts) -> Layout:

@@ -76,7 +76,7 @@ class Victor(Method):
                 f"victor: layer: {config.layer} leaves no layer without visual tokens, {facts.architecture} has {depth}; lower layer to at "
                 f"most {depth - 1}"
             )
-        return Stage(at), Stage(Site("decoder", config.layer), (), 1)
+        return Stage(at), Stage(Site("decoder", config.layer), (), 1, tied=True)
 
     @staticmethod
     def weights(config: Victor.Config, facts: ModelFacts) -> Mapping[str, tuple[int, ...]]:

@@ -16,6 +16,7 @@ from tmc_export.graphs._contract import Attention, Features, Keys, Need, TextEmb
 from tmc_export.plan._weights import LINEARS
 from tmc_export.plan.memory import Room, build_memory, built_on_device, gib, run_memory, tight_helps
 from tmc_export.plan.states import leaving_vision
+from tmc_export.plan.tied import check_tied
 from tmc_export.plan.types import CutPlan, Plan, QuantizePlan, StagePlan
 from tmc_export.recipe import Device, Recipe
 
@@ -44,8 +45,7 @@ def check_target(recipe: Recipe, device: Device) -> None:
     if recipe.inputs.batch > 1:
         raise LegalityError(
             f"{recipe.origin(('inputs', 'batch'))}: inputs.batch: {recipe.inputs.batch} is not built yet: the runtime runs one "
-            "conversation at a time; "
-            "remove it, or write batch: 1"
+            "conversation at a time; remove it, or write batch: 1"
         )
     if recipe.model.revision is not None and recipe.model_folder() is not None:
         raise LegalityError(
@@ -77,8 +77,7 @@ def _check_runtime(recipe: Recipe, device: Device) -> None:
     if runtime == "tensorrt-rtx":
         raise LegalityError(
             f"{place}: runtime: tensorrt-rtx builds for desktop GPUs (compute capabilities {', '.join(RTX_CAPABILITIES)}) and cannot "
-            "target "
-            f"'{device.name}' ({device.compute_capability}); write runtime: tensorrt, which builds on the device"
+            f"target '{device.name}' ({device.compute_capability}); write runtime: tensorrt, which builds on the device"
         )
     raise LegalityError(
         f"{place}: runtime: tensorrt is not known for '{device.name}', whose device file names {flavour} {device.tensorrt.version}; "
@@ -168,6 +167,7 @@ def check_plan(recipe: Recipe, plan: Plan) -> None:
             _check_sequence(recipe, plan, stage)
             _check_kv(recipe, plan, cut, stage)
     _check_states(recipe, plan)
+    check_tied(recipe, plan)
     _check_keep(recipe, plan)
     replacing = next((v.replacing for v in plan.vision if v.replacing is not None), None)
     if replacing is not None and "projector" in plan.quantize:
@@ -256,8 +256,8 @@ def _check_vision_needs(recipe: Recipe, stage: StagePlan, encoder: EncoderFacts)
                 raise _refuse(recipe, stage, need, "class-token rows and column sums")
             if site.point == "replace" and classes and (need.logits or need.heads == "joined"):
                 raise _refuse(recipe, stage, need, "weights after softmax, of single heads, with the class token's column dropped")
-            if need.rows == "cls" and not classes:
-                raise _refuse(recipe, stage, need, "no class token")
+            if need.rows == "cls" and not (stage.before.class_tokens if site.part == "encoder" else classes):
+                raise _refuse(recipe, stage, need, "no class token, or lost it to an earlier entry" if classes else "no class token")
         if isinstance(need, (Attention, Keys)) and need.layer == "next":
             _check_look_ahead(recipe, stage, need, encoder)
             continue
@@ -308,16 +308,14 @@ def _check_kv(recipe: Recipe, plan: Plan, cut: CutPlan, stage: StagePlan) -> Non
         inside = [layer for layer in range(block.first, block.last) if layer in rows]
         if inside and (len(inside) < block.last - block.first or len({rows[layer] for layer in inside}) > 1):
             raise LegalityError(
-                f"{place}: {name} prunes the KV of {_runs(inside)} of the block of layers "
-                f"{_runs(range(block.first, block.last))}, whose layers share "
-                "one slot table; it must leave equally many rows in all of them"
+                f"{place}: {name} prunes the KV of {_runs(inside)} of the block of layers {_runs(range(block.first, block.last))}, whose "
+                "layers share one slot table; it must leave equally many rows in all of them"
             )
     between = [c for c in plan.cuts if min(rows) < c.layer < cut.layer and c.tokens_in != c.tokens_out]
     if between:
         raise LegalityError(
-            f"{place}: {name} prunes the KV of {_runs(sorted(rows))}, and '{between[-1].stages[-1].method}' at "
-            f"decoder.{between[-1].layer} cut between "
-            "them: rows of the first layers are other tokens; put it before that cut, or choose one of the two"
+            f"{place}: {name} prunes the KV of {_runs(sorted(rows))}, and '{between[-1].stages[-1].method}' at decoder.{between[-1].layer} "
+            "cut between them: rows of the first layers are other tokens; put it before that cut, or choose one of the two"
         )
 
 
@@ -358,8 +356,7 @@ def notes_of(recipe: Recipe, plan: Plan, device: Device, room: Room | None) -> t
         if device.tensorrt.opset < emitted:
             found.append(
                 f"TensorRT {version} is taken as safe up to opset {device.tensorrt.opset}, the graphs are opset {emitted}: not run "
-                "on a board; "
-                "build_on_device.sh tries it there"
+                "on a board; build_on_device.sh tries it there"
             )
         scheme = plan.quantize.get("decoder")
         if scheme is not None and scheme.weights == "int4" and device.tensorrt.opset < emitted:
