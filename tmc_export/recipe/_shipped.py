@@ -12,6 +12,9 @@ from tmc_export.recipe._origin import printable
 
 __all__ = ["find_shipped", "is_path", "shipped"]
 
+_LISTED = 12
+"""Names that still fit on a message's line."""
+
 
 def shipped(kind: str) -> dict[str, Path]:
     """Return name → file of what is shipped; `kind` is `"recipe"` or `"device"`."""
@@ -42,5 +45,5 @@ def find_shipped(kind: str, name: str | os.PathLike[str], folder: Path | None = 
         return known[text]
     if text and os.path.exists(path):  # unlike Path.exists, never raises
         return path
-    names = ", ".join(known) or "none"
-    raise RecipeError(f"no {kind} is named '{printable(text)}'{nearest(text, known)}; shipped: {names}; or give a path to a .yaml file")
+    names = f"shipped: {', '.join(known) or 'none'}" if len(known) <= _LISTED else f"list the {len(known)} shipped: tmc-export {kind}s"
+    raise RecipeError(f"no {kind} is named '{printable(text)}'{nearest(text, known)}; {names}; or give a path to a .yaml file")
