@@ -78,6 +78,7 @@ def test_the_positions_of_the_resampler_are_the_fixed_ones() -> None:
 
 def test_the_committed_weights_answer_and_their_start_does_so_less(training: ModuleType, setup: Any, pool: Any) -> None:
     planned = weights_of(training, setup.stage.method)
+    assert planned.path is not None
     held = load_file(planned.path)
     trained = training.exact_match(setup, {name: held[planned.prefix + name] for name in planned.shapes}, pool)["all"]
     begun = training.exact_match(setup, training.start(setup, pool, 0), pool)["all"]
