@@ -14,6 +14,7 @@ from tmc_export.graphs._contract import Attention, Layout, Positions, Segment, S
 from tmc_export.plan.entries import Entry, read_entries
 from tmc_export.plan.learned import bind
 from tmc_export.plan.rows import handed_rows
+from tmc_export.plan.tied import broken_tie
 from tmc_export.plan.types import BlockPlan, CutPlan, Plan, QuantizePlan, StagePlan, VisionPlan
 from tmc_export.recipe.recipe import Recipe
 
@@ -38,8 +39,7 @@ def resolve(recipe: Recipe, files: ModelFiles, splits: Sequence[int] = ()) -> Pl
     first = _facts(recipe, family, files, sizes[0])
     entries = read_entries(recipe, first)
     vision = tuple(_vision(i, size, recipe, family, files, entries) for i, size in enumerate(sizes)) if recipe.inputs.images else ()
-    visual = max((v.tokens for v in vision), default=0)
-    blocks, cuts = _decoder(recipe, first, entries, visual, vision[0].out_grid if len(vision) == 1 else None, splits)
+    blocks, cuts = _decoder(recipe, first, entries, vision, splits)
     if any(v.barrier for v in vision):
         blocks = tuple(replace(b, since=True) for b in blocks)
     _check_context(recipe, first, blocks[0].capacity)
@@ -202,8 +202,10 @@ def _check_places(layout: Layout, facts: ModelFacts, entries: Sequence[Entry], s
 
 
 def _through(entry: Entry, stage: Stage, layout: Layout, facts: ModelFacts, stages: list[StagePlan]) -> Layout:
-    """Ask the method what comes out of a stage; its refusal becomes an error at the recipe's line."""
+    """Ask the method what comes out of a stage that runs behind `stages`; its refusal becomes an error at the recipe's line."""
     weights = bind(entry, facts)
+    if (broken := broken_tie(stage, entry.index, stages)) is not None:
+        raise LegalityError(f"{entry.origin('at')}: method '{entry.name}' at {stage.at} {broken}")
     try:
         after = entry.method.layout(stage, layout, entry.config, facts)
     except ValueError as error:
@@ -259,6 +261,7 @@ class _Place:
         grid: their raster, if they form one.
         entered: recipe entry → what it first saw.
         alone: visual tokens that a turn with one picture leaves; more than `visual` behind a joint budget, which one picture may use up.
+        run: all stages so far, those before the decoder too.
         mixed: the cut at which a joint budget was shared out, so that no picture has a known count any more.
     """
 
@@ -266,11 +269,12 @@ class _Place:
     grid: tuple[int, int] | None
     entered: dict[int, int | None]
     alone: int
+    run: list[StagePlan]
     mixed: int | None = None
 
 
 def _decoder(
-    recipe: Recipe, facts: ModelFacts, entries: Sequence[Entry], visual: int, grid: tuple[int, int] | None, splits: Sequence[int]
+    recipe: Recipe, facts: ModelFacts, entries: Sequence[Entry], vision: Sequence[VisionPlan], splits: Sequence[int]
 ) -> tuple[tuple[BlockPlan, ...], tuple[CutPlan, ...]]:
     """Cut the decoder at every stage (and split), and count tokens from cut to cut."""
     inputs, layers = recipe.inputs, facts.decoder.layers
@@ -281,7 +285,8 @@ def _decoder(
         by_layer.setdefault(layer, []).append((entry, stage))
     inner = sorted({*by_layer, *splits} - {0})
     edges = [0, *inner, layers]
-    place = _Place(visual, grid, {}, visual)
+    visual, grid = max((v.tokens for v in vision), default=0), vision[0].out_grid if len(vision) == 1 else None
+    place = _Place(visual, grid, {}, visual, run=list(vision[0].stages) if vision else [])
     blocks: list[BlockPlan] = []
     cuts: list[CutPlan] = []
 
@@ -306,8 +311,7 @@ def _decoder(
 
 def _cut(recipe: Recipe, facts: ModelFacts, found: Sequence[tuple[Entry, Stage]], place: _Place) -> tuple[StagePlan, ...]:
     """Run the layouts of all stages of one cut; `place` moves on."""
-    stages: list[StagePlan] = []
-    images = recipe.inputs.images
+    images, start = recipe.inputs.images, len(place.run)
     for entry, stage in found:
         if place.mixed is not None and (entry.scope != "joint" or stage.at.layer != place.mixed):
             raise LegalityError(
@@ -323,7 +327,7 @@ def _cut(recipe: Recipe, facts: ModelFacts, found: Sequence[tuple[Entry, Stage]]
         joint = images if entry.scope == "joint" else 1
         place.mixed = stage.at.layer if joint > 1 else place.mixed
         layout = Layout((Segment("visual", place.visual * joint, place.grid if joint == 1 else None),), width=facts.decoder.width)
-        after = _through(entry, stage, replace(layout, entry_tokens=place.entered.get(entry.index)), facts, stages)
+        after = _through(entry, stage, replace(layout, entry_tokens=place.entered.get(entry.index)), facts, place.run)
         place.entered[entry.index] = after.entry_tokens
         if joint > 1 and after.tokens % images:
             raise LegalityError(
@@ -331,7 +335,7 @@ def _cut(recipe: Recipe, facts: ModelFacts, found: Sequence[tuple[Entry, Stage]]
             )
         place.visual, place.grid = after.tokens // joint, after.grid if joint == 1 else None
         place.alone = min(place.alone, after.tokens)
-    return tuple(stages)
+    return tuple(place.run[start:])
 
 
 def _check_cut(entry: Entry, stage: Stage, layers: int, images: int) -> None:

@@ -1,42 +1,40 @@
-"""Stages that know tokens by what an earlier stage of their entry found out: nobody may change the tokens in between."""
+"""Stages that know tokens one by one from an earlier stage of their entry: no other entry may change the tokens in between."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tmc_export.core.errors import LegalityError
-from tmc_export.plan.types import Plan, StagePlan
-from tmc_export.recipe import Recipe
+from tmc_export.graphs._contract import Stage
+from tmc_export.plan.types import StagePlan
 
-__all__ = ["changes", "check_tied"]
+__all__ = ["broken_tie"]
 
 
-def check_tied(recipe: Recipe, plan: Plan) -> None:
-    """Refuse an entry that changes the tokens between two stages of another one that are tied (`Stage.tied`).
+def broken_tie(stage: Stage, entry: int, run: Sequence[StagePlan]) -> str | None:
+    """Say why a stage with `Stage.tied` cannot work behind the stages that ran, or return None.
 
-    Raises:
-        LegalityError: at the line of the entry in between.
+    Args:
+        stage: of the recipe entry `entry`.
+        entry: its number.
+        run: all stages before it, of all entries, in the order they run.
+
+    Returns:
+        What changes the tokens since the entry's own stage before this one, and the fix.
     """
-    cuts = [stage for cut in plan.cuts for stage in cut.stages]
-    for vision in plan.vision:
-        run = [*vision.stages, *cuts]
-        for number, stage in enumerate(run):
-            if stage.stage.tied:
-                _check(recipe, stage, run[:number])
-
-
-def _check(recipe: Recipe, stage: StagePlan, before: Sequence[StagePlan]) -> None:
-    start = max((i for i, s in enumerate(before) if s.entry == stage.entry), default=len(before))
-    for between in before[start + 1 :]:
-        if changes(between):
-            first, second, left = before[start].stage.at, stage.stage.at, before[start].after
-            raise LegalityError(
-                f"{recipe.origin(('compress', between.entry, 'at'))}: method '{between.method}' at {between.stage.at} changes the tokens "
-                f"between {first} and {second}, and '{stage.method}' must find the {left.tokens - left.class_tokens} there that it left; "
-                f"put '{between.method}' before {first} or behind {second}, or choose one of the two"
+    start = max((i for i, s in enumerate(run) if s.entry == entry), default=len(run))
+    if not stage.tied or start == len(run):
+        return None
+    first, left = run[start].stage.at, run[start].after
+    for between in run[start + 1 :]:
+        if _changes(between):
+            return (
+                f"must find the {left.tokens - left.class_tokens} tokens that it left at {first}, and '{between.method}' at "
+                f"{between.stage.at} changes them in between; put '{between.method}' before {first} or behind {stage.at}, or choose one of "
+                "the two"
             )
+    return None
 
 
-def changes(stage: StagePlan) -> bool:
-    """Say whether other tokens leave a stage than arrive; a look, which keeps everything, changes nothing."""
+def _changes(stage: StagePlan) -> bool:
+    """A look, which keeps everything, changes nothing."""
     return stage.before.segments != stage.after.segments or stage.stage.at.point == "replace"

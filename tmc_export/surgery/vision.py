@@ -215,19 +215,18 @@ class Vision(nn.Module):
         """Run `input` stages on the raster of pixels `[b, 3, H, W]`."""
         reports: list[tuple[Tensor, Tensor | None]] = []
         stages = self._at("input", None)
-        if stages:
-            pixels = self._parts.raster(pixels)
+        if not stages:
+            return pixels, reports
+        pixels = self._parts.raster(pixels)
+        batch, channels, count = pixels.shape[0], pixels.shape[1], pixels.shape[2] * pixels.shape[3]
+        source, valid = torch.arange(count).expand(batch, count), torch.ones(batch, count, dtype=torch.bool)
         for stage in stages:
-            batch = pixels.shape[0]
-            raster = pixels.flatten(2).transpose(1, 2)
-            count = raster.shape[1]
-            source, valid = torch.arange(count).expand(batch, count), torch.ones(batch, count, dtype=torch.bool)
-            weights = self.learned.of(stage)
-            context = Context(layout=stage.before, facts=self.plan.facts, valid=valid, source=source, weights=weights)
-            result = run_stage(stage, raster, context)
+            context = Context(layout=stage.before, facts=self.plan.facts, valid=valid, source=source, weights=self.learned.of(stage))
+            result = run_stage(stage, pixels.flatten(2).transpose(1, 2), context)
             rows, columns = stage.after.grid or (0, 0)
-            pixels = result.tokens.transpose(1, 2).reshape(batch, pixels.shape[1], rows, columns)
-            reports.append((result.source, None))
+            pixels = result.tokens.transpose(1, 2).reshape(batch, channels, rows, columns)
+            source, valid = move_source(source, result), result.valid
+            reports.append((source, None))
         return pixels, reports
 
 
