@@ -30,7 +30,7 @@ _RUNG = "onnxruntime end to end"
 
 def recipes(only: list[str]) -> list[Path]:
     """Shipped recipes of the small model, by method name where `only` names some."""
-    found = sorted((REPOSITORY / "recipes").glob("tiny-llava-*.yaml"))
+    found = sorted((REPOSITORY / "recipes").glob("tiny-llava-*-fp32.yaml"))
     return [p for p in found if not only or any(re.search(rf"method: {name}\b", p.read_text("utf-8")) for name in only)]
 
 
