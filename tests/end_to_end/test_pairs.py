@@ -28,8 +28,8 @@ from tmc_export.surgery.block import DecoderBlock  # noqa: E402
 from tmc_export.surgery.embed import Embed  # noqa: E402
 from tmc_export.surgery.vision import Vision  # noqa: E402
 
-QUICK = (("mustdrop", "fastv"), ("llava_mini", "sparsevlm"), ("tome", "tokencarve"))
-"""Built in the quick suite: a state into a cut where another method acts; replaced text that another one reads; merged tokens and KV."""
+QUICK = (("mustdrop", "fastv"), ("llava_mini", "sparsevlm"), ("downsample", "downsample"))
+"""Built in the quick suite: a state into a cut where another method acts; replaced text that another one reads; two stages on pixels."""
 
 ONE_BUNDLE = (("downsample", "pyramiddrop"), ("tome", "fastv"), ("visionzip", "tokencarve"))
 """No site in common, nothing random, no state whose name holds the entry's number."""
