@@ -64,8 +64,8 @@ class LlamaVid(Method):
     place, so the model's own projector is not built.
 
     Where the official code differs: its text queries are the 32 outputs of a BERT with a tokenizer of its own that reads question and
-    picture (`vlm_att_encoder`, not in this library); here they are the prompt's text embeddings, or the one embedding of a CLIP or SigLIP
-    text tower, and Wq has their width. So its checkpoints bind except for `vlm_att_projector`. From the queries on the mathematics is the
+    picture (`vlm_att_encoder`, not in this library); here they are the prompt's text embeddings, or the one embedding of a CLIP text
+    tower, and Wq has their width. So its checkpoints bind except for `vlm_att_projector`. From the queries on the mathematics is the
     official one. A grid that does not divide the raster makes more windows than `grid` squared, as there: 14 over 6 is 7 a side. Its
     `compress_type` unset keeps every patch; `mean` is `grid: 1` here.
     """
@@ -89,7 +89,7 @@ class LlamaVid(Method):
         Attributes:
             grid: content tokens a side; 1 is the mean of all patches.
             projector: the content's projector: two linear layers with gelu between, or one.
-            tower: hub id or folder of a CLIP or SigLIP checkpoint whose embedding of the question is the query; the prompt's own
+            tower: hub id or folder of a CLIP checkpoint whose embedding of the question is the query; the prompt's own
                 embeddings where not given.
             tower_width: channels of that embedding.
         """

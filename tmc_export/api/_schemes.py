@@ -17,7 +17,7 @@ from tmc_export.quantize._weights import check_keep
 
 __all__ = ["GraphKind", "PartSchemes"]
 
-GraphKind = Literal["vision", "embed", "block", "compress"]
+GraphKind = Literal["vision", "embed", "block", "compress", "tower"]
 
 _PROJECTORS = frozenset({"projector", "multi_modal_projector", "merger", "connector"})
 
@@ -36,8 +36,9 @@ _PARTS: Mapping[GraphKind, Mapping[str, Callable[[str], bool]]] = {
     "embed": {"head": lambda _: True},
     "block": {"decoder": lambda n: n.startswith("layers."), "head": lambda n: n.startswith("head.")},
     "compress": {},
+    "tower": {},
 }
-"""Graph → part → which initializers are the part's. Nothing of a compress graph is anybody's: scores are never quantized.
+"""Graph → part → which initializers are the part's. Nothing of a compress graph or a text tower is anybody's: scores are never quantized.
 
 The token table goes with the head, whose tensor it often is.
 """

@@ -22,6 +22,8 @@ from tmc_export.plan.describe import plan_json, report_json
 from tmc_export.plan.legality import emitted_opset
 from tmc_export.plan.make import report_plan
 from tmc_export.plan.source import fetch, read_model_files
+from tmc_export.plan.towers import fetch_towers
+from tmc_export.plan.types import TowerPlan
 from tmc_export.recipe import load_device, load_recipe
 from tmc_export.recipe.recipe import Recipe
 
@@ -31,7 +33,7 @@ SIDECARS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
     "processor_config.json", "preprocessor_config.json", "generation_config.json", "config.json", "vocab.json", "merges.txt",
 )  # fmt: skip
-"""Hugging Face files that travel in the bundle unchanged, under `model/`."""
+"""Hugging Face files that travel in the bundle unchanged, under `model/` and, of text towers, `towers/<n>/`."""
 
 _TOOLS = ("tmc-export", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 
@@ -83,13 +85,26 @@ def build_bundle(
     plan = report.plan
     checkpoint = _fingerprint(folder)
     learned = _learned_files(loaded)
+    towers = fetch_towers(loaded, plan)
+    stamps = {source: _fingerprint(place) for source, place in towers.items()}
     want_engines = loaded.target.runtime == "tensorrt-rtx" if engines is None else engines
     key = _key(
-        [loaded.canonical_json(), plan_json(plan), device.model_dump(mode="json"), checkpoint, _stamps(learned), record, want_engines]
+        [
+            loaded.canonical_json(),
+            plan_json(plan),
+            device.model_dump(mode="json"),
+            checkpoint,
+            _stamps(learned),
+            stamps,
+            record,
+            want_engines,
+        ]
     )
     if not force and (found := _cached(target, key)) is not None:
         return BuildResult(target, found, cached=True)
     _check_text_files(folder)
+    for tower in plan.towers:
+        _check_tower_files(towers[tower.source], tower)
     require("torch", extra="export", purpose="build a bundle")
     from tmc_export.api.subgraphs import export_subgraphs
     from tmc_export.export.task import check_task
@@ -98,10 +113,20 @@ def build_bundle(
     config = _config(folder)
     with atomic_folder(target) as work:
         exported = export_subgraphs(
-            plan, files, folder, config, work, loaded.inputs.fit, emitted_opset(plan, device), lambda name: progress(f"export {name}")
+            plan,
+            files,
+            folder,
+            config,
+            work,
+            loaded.inputs.fit,
+            emitted_opset(plan, device),
+            lambda name: progress(f"export {name}"),
+            towers,
         )
         (work / "engines" / "profiles.json").write_text(json.dumps({"subgraphs": exported.profiles}, indent=1) + "\n", "utf-8")
         _copy_sidecars(folder, work / "model")
+        for place, program in zip(towers.values(), exported.program.towers, strict=True):
+            _copy_sidecars(place, work / program.folder)
         (work / "report").mkdir()
         (work / "report" / "plan.json").write_text(json.dumps(report_json(report), indent=1) + "\n", "utf-8")
         manifest = Manifest(
@@ -111,6 +136,7 @@ def build_bundle(
             plan=plan_json(plan),
             checkpoint={name: hash_file(folder / name) for name in sorted(checkpoint)},
             weights={name: hash_file(path) for name, path in learned.items()},
+            towers={source: {name: hash_file(towers[source] / name) for name in sorted(names)} for source, names in stamps.items()},
             versions=_versions(),
             program=exported.program,
             proofs=prove(work, device, loaded, want_engines, progress),
@@ -136,6 +162,26 @@ def _check_text_files(folder: Path) -> None:
         ChatTemplate.from_folder(folder, Tokenizer(folder).special_tokens)
     except BundleError as error:
         raise ModelError(str(error).replace("build the bundle again", "fetch the model again")) from error
+
+
+def _check_tower_files(folder: Path, tower: TowerPlan) -> None:
+    """Make sure that the runtime can read a text tower's tokenizer, and that it ends a text with the token that the tower is read at.
+
+    Raises:
+        ModelError: a file is missing or damaged, or the tokenizer is another model's.
+    """
+    from tmc_export.runtime._text_tower import tower_ids
+    from tmc_export.runtime._tokenizer import Tokenizer
+
+    try:
+        ids = tower_ids(Tokenizer(folder), "a", tower.tokens)
+    except BundleError as error:
+        raise ModelError(str(error).replace("build the bundle again", "fetch the text tower again")) from error
+    if tower.end not in ids or max(ids) >= tower.vocabulary:
+        raise ModelError(
+            f"{folder}: the text tower is read at token {tower.end} of {tower.vocabulary}, and its tokenizer writes {ids[:4]}…; "
+            "tokenizer.json and config.json do not belong together: give the files of one checkpoint"
+        )
 
 
 def _config(folder: Path) -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import onnx_ir as ir
@@ -12,23 +13,27 @@ import torch
 from torch import Tensor, nn
 
 from tmc_export.api._schemes import GraphKind, PartSchemes
-from tmc_export.bundle.program import BlockProgram, CutProgram, GraphPhase, PhaseName, Program, StateProgram, VisionProgram
+from tmc_export.bundle.program import BlockProgram, CutProgram, GraphPhase, PhaseName, Program, StateProgram, TowerProgram, VisionProgram
 from tmc_export.export.capture import capture
 from tmc_export.export.checkpoint import Checkpoint, TensorSource, open_checkpoint
 from tmc_export.export.learned import LearnedSource
 from tmc_export.export.skeleton import make_skeleton
 from tmc_export.export.store import WeightStore
+from tmc_export.export.text_tower import open_tower
 from tmc_export.families import FAMILIES
 from tmc_export.families._contract import DecoderParts, Family, ModelFiles
+from tmc_export.graphs._contract import TextTower
 from tmc_export.passes.pipeline import clean, finish, specialize
 from tmc_export.plan.states import entering, leaving_cut, leaving_vision
-from tmc_export.plan.types import BlockPlan, CutPlan, Plan, VisionPlan
+from tmc_export.plan.towers import asked_towers
+from tmc_export.plan.types import BlockPlan, CutPlan, Plan, TowerPlan, VisionPlan
 from tmc_export.surgery._states import Handed, StateBook
 from tmc_export.surgery.attention import register_attention
 from tmc_export.surgery.block import DecoderBlock
 from tmc_export.surgery.cut import Cut
 from tmc_export.surgery.embed import Embed
 from tmc_export.surgery.learned import Learned
+from tmc_export.surgery.text_tower import TextTowerGraph
 from tmc_export.surgery.vision import Vision
 
 __all__ = ["Exported", "export_subgraphs"]
@@ -95,9 +100,10 @@ class _Exporter:
         name = f"vision_{plan.index}"
         self.progress(name)
         rule = self.family.image_rule(self.files, plan.size, self.fit)
-        module = Vision(self.family.vision(self.model, plan.size, plan.grid), plan, self.dtype, leaving_vision(self.plan))
-        pixels = torch.zeros(self.plan.batch, *rule.shape, dtype=self.dtype)
-        model = self._trace(module, [pixels], ["pixels"], module.output_names, [None])
+        parts, towers = self.family.vision(self.model, plan.size, plan.grid), asked_towers(self.plan, plan.stages)
+        module = Vision(parts, plan, self.dtype, leaving_vision(self.plan), towers)
+        inputs = [torch.zeros(self.plan.batch, *rule.shape, dtype=self.dtype), *self._texts(towers, self.plan.batch)]
+        model = self._trace(module, inputs, module.input_names(), module.output_names, [None] * len(inputs))
         self._hand_on(module.states)
         file = self._save(model, name, {}, "vision", "vision.data")
         self.profiles.append({"name": name, "onnx": file, "precision": self.plan.dtype, "profiles": [{"name": "static", "shapes": {}}]})
@@ -110,7 +116,27 @@ class _Exporter:
             stages=tuple(s.method for s in plan.stages),
             rule=rule.to_json(),  # type: ignore[arg-type]
             states=_states(module.states.handed),
+            towers=_numbers(towers),
         )
+
+    def _texts(self, towers: Mapping[TextTower, TowerPlan], rows: int) -> list[Tensor]:
+        """Examples of what text towers bring, one per tower."""
+        widths = {t.index: t.width for t in towers.values()}
+        return [torch.zeros(rows, width, dtype=self.dtype) for width in widths.values()]
+
+    def tower(self, plan: TowerPlan, folder: Path) -> TowerProgram:
+        name = f"text_tower_{plan.index}"
+        self.progress(name)
+        whole, source = open_tower(folder, plan.index, self.dtype)
+        model = clean(
+            capture(
+                TextTowerGraph(whole, plan), [torch.zeros(1, plan.tokens, dtype=torch.long)], input_names=["ids"],
+                output_names=["embedding"], symbols=[None], model=whole, checkpoint=source, opset=self.opset,
+            )
+        )  # fmt: skip
+        file = self._save(model, name, {}, "tower", f"{name}.data")
+        self.profiles.append({"name": name, "onnx": file, "precision": self.plan.dtype, "profiles": [{"name": "static", "shapes": {}}]})
+        return TowerProgram(file=file, folder=f"towers/{plan.index}", tokens=plan.tokens, width=plan.width)
 
     def embed(self) -> dict[PhaseName, GraphPhase]:
         self.progress("embed")
@@ -213,10 +239,11 @@ class _Exporter:
         name = f"compress_{plan.before_block}"
         self.progress(name)
         given = [self._entering(h, plan) for entry in entering(self.plan, plan) for h in self.handed.get(entry, [])]
+        towers = asked_towers(self.plan, plan.stages)
         module = Cut(
-            self.parts, plan, self.plan.images, self.plan.facts, self.plan.windows, self.dtype, given, leaving_cut(self.plan, plan)
+            self.parts, plan, self.plan.images, self.plan.facts, self.plan.windows, self.dtype, given, leaving_cut(self.plan, plan), towers
         )  # fmt: skip
-        inputs = self._cut_inputs(module, plan)
+        inputs = [*self._cut_inputs(module, plan), *self._texts(towers, self.plan.batch * self.plan.images)]
         model = self._trace(module, inputs, module.input_names(), module.output_names, [None] * len(inputs))
         self._hand_on(module.states)
         file = self._save(model, name, {}, "compress", f"{name}.data")
@@ -227,6 +254,7 @@ class _Exporter:
             previous=bool(module.previous), next=bool(module.next),
             kv=tuple(sorted({i for s in plan.stages for i in s.after.kv_rows})), methods=tuple(s.method for s in plan.stages),
             text=module.text_places, entering=_states(given), leaving=_states(module.states.handed),
+            towers=_numbers(towers),
         )  # fmt: skip
 
     def _hand_on(self, states: StateBook) -> None:
@@ -266,6 +294,10 @@ class _Exporter:
         return inputs + [torch.zeros(h.shape, dtype=h.dtype) for h in module.entering]
 
 
+def _numbers(towers: Mapping[TextTower, TowerPlan]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(t.index for t in towers.values()))
+
+
 def _states(handed: Sequence[Handed]) -> tuple[StateProgram, ...]:
     return tuple(StateProgram(entry=h.entry, name=h.name, shape=h.shape, dtype=str(h.dtype).removeprefix("torch.")) for h in handed)
 
@@ -281,7 +313,15 @@ def _learned(module: nn.Module) -> dict[str, tuple[TensorSource, str]]:
 
 
 def export_subgraphs(
-    plan: Plan, files: ModelFiles, folder: Path, config: Any, out: Path, fit: str | None, opset: int, progress: Progress
+    plan: Plan,
+    files: ModelFiles,
+    folder: Path,
+    config: Any,
+    out: Path,
+    fit: str | None,
+    opset: int,
+    progress: Progress,
+    towers: Mapping[str, Path] = MappingProxyType({}),
 ) -> Exported:
     """Export every subgraph of a plan.
 
@@ -294,12 +334,14 @@ def export_subgraphs(
         fit: the recipe's picture rule, or None for the family's own.
         opset: ONNX opset of the graphs.
         progress: called with the name of each subgraph before it is made.
+        towers: folders of the text towers with their weights, by source.
 
     Raises:
         ModelError: weights are missing or damaged.
         ExportError: a part cannot be lowered.
     """
     work = _Exporter(plan, files, folder, config, out, fit, opset, progress)
+    texts = tuple(work.tower(t, towers[t.source]) for t in plan.towers)
     vision = tuple(work.vision(v) for v in plan.vision)
     embed = work.embed()
     blocks = tuple(work.block(b) for b in plan.blocks)
@@ -312,5 +354,6 @@ def export_subgraphs(
         position_rule=work.family.position_rule(files), text_tokens=plan.text_tokens, new_tokens=plan.new_tokens,
         chunk=plan.chunk, turns=plan.turns, memory_tight=plan.memory_tight,
         image_token=rules.image, image_text=rules.image_text, eos=rules.eos, vision=vision, embed=embed, blocks=blocks, cuts=cuts,
+        towers=texts,
     )  # fmt: skip
     return Exported(program, work.profiles)

@@ -32,6 +32,7 @@ class Manifest(BaseModel):
         recipe, plan: as JSON.
         checkpoint: file → sha256 of the model's files that went in.
         weights: file of learned method weights, as the recipe writes it → its sha256.
+        towers: text tower, as the recipe writes it → file → sha256.
         versions: tool → version.
         program: what the runtime follows.
         proofs: rung → "passed", "failed" or "not run: …".
@@ -47,6 +48,7 @@ class Manifest(BaseModel):
     plan: dict[str, JsonValue]
     checkpoint: dict[str, str]
     weights: dict[str, str] = Field(default_factory=dict)
+    towers: dict[str, dict[str, str]] = Field(default_factory=dict)
     versions: dict[str, str]
     program: Program
     proofs: dict[str, str] = Field(default_factory=dict)

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-__all__ = ["BlockProgram", "CutProgram", "GraphPhase", "PhaseName", "Program", "StateProgram", "VisionProgram"]
+__all__ = ["BlockProgram", "CutProgram", "GraphPhase", "PhaseName", "Program", "StateProgram", "TowerProgram", "VisionProgram"]
 
 PhaseName = Literal["prefill", "chunk", "decode"]
 
@@ -52,6 +52,22 @@ class StateProgram(_Frozen):
         return f"past_state.{self.entry}.{self.name}"
 
 
+class TowerProgram(_Frozen):
+    """A text tower: run once for the question of a turn that brings pictures.
+
+    Attributes:
+        file: the graph `ids [1, tokens]` → `embedding [1, width]`.
+        folder: of its tokenizer in the bundle.
+        tokens: ids that it takes; longer questions are cut, shorter ones padded.
+        width: channels of the embedding.
+    """
+
+    file: str
+    folder: str
+    tokens: int
+    width: int
+
+
 class VisionProgram(_Frozen):
     """A picture bucket.
 
@@ -64,6 +80,7 @@ class VisionProgram(_Frozen):
         stages: names of the methods that run inside, one per `source.<n>`.
         rule: the picture rule, as `ImageRule.to_json` writes it.
         states: what leaves the graph for a cut, of one picture.
+        towers: text towers whose embedding of the question is an input `text.<n>` `[1, width]`.
     """
 
     file: str
@@ -74,6 +91,7 @@ class VisionProgram(_Frozen):
     stages: tuple[str, ...]
     rule: dict[str, JsonValue]
     states: tuple[StateProgram, ...] = ()
+    towers: tuple[int, ...] = ()
 
 
 class BlockProgram(_Frozen):
@@ -99,6 +117,7 @@ class CutProgram(_Frozen):
         methods: one per stage, each with its `kept.<n>`; a last stage that leaves no token (`visual_out` 0) has none.
         text: places for the turn's text tokens; 0 where no stage reads them.
         entering, leaving: states that it reads, and that it hands to later cuts.
+        towers: text towers whose embeddings of each picture's question are an input `text.<n>` `[images, width]`.
     """
 
     before_block: int
@@ -116,6 +135,7 @@ class CutProgram(_Frozen):
     text: int = 0
     entering: tuple[StateProgram, ...] = ()
     leaving: tuple[StateProgram, ...] = ()
+    towers: tuple[int, ...] = ()
 
 
 class Program(_Frozen):
@@ -126,6 +146,7 @@ class Program(_Frozen):
         position_rule: how rotary positions are counted.
         image_token, image_text, eos: token rules.
         memory_tight: the CPU path keeps one copy of the weights and is slower.
+        towers: text encoders of their own, each with its tokenizer.
     """
 
     family: str
@@ -151,6 +172,7 @@ class Program(_Frozen):
     embed: dict[PhaseName, GraphPhase]
     blocks: tuple[BlockProgram, ...]
     cuts: tuple[CutProgram, ...]
+    towers: tuple[TowerProgram, ...] = ()
 
     @property
     def barrier(self) -> int:

@@ -49,6 +49,8 @@ def _table(*columns: str) -> Table:
 def _stages(report: PlanReport) -> Table:
     """Tokens in and out of everything that a picture goes through, then of the whole sequence."""
     table = _table("where", "method", "in", "out")
+    for tower in report.plan.towers:
+        table.add_row(f"text tower {tower.index}: {tower.source}", "the turn's question", str(tower.tokens), "1")
     for vision in report.plan.vision:
         size = f"{vision.size[0]}x{vision.size[1]} pixels"
         table.add_row(f"picture {vision.index}: {size}", "encoder and projector", str(vision.facts.encoder.tokens), str(vision.tokens))
@@ -176,7 +178,7 @@ def _giga(flops: int) -> str:
 
 
 def _part(part: str, cost: Estimate, _: RunMemory) -> str:
-    return _giga(cost.flops[part])
+    return _giga(cost.flops.get(part, 0))
 
 
 def _milli(seconds: float | None) -> str:

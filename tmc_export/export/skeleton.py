@@ -14,11 +14,11 @@ from torch import nn
 
 from tmc_export.core.errors import ModelError
 
-__all__ = ["make_skeleton"]
+__all__ = ["make_skeleton", "parameters_on_meta"]
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta() -> Iterator[None]:
     """While it lasts, every parameter that a module registers goes to the meta device; buffers stay real."""
     original = nn.Module.register_parameter
 
@@ -49,7 +49,7 @@ def make_skeleton(config: Any, dtype: torch.dtype, attention: str) -> nn.Module:
 
     make: Any = AutoModelForImageTextToText
     try:
-        with _parameters_on_meta(), torch.no_grad():
+        with parameters_on_meta(), torch.no_grad():
             model: Any = make.from_config(config, dtype=dtype, attn_implementation="eager")
     except (ValueError, KeyError, ImportError) as error:
         raise ModelError(f"transformers cannot make a model of this configuration: {error}") from error

@@ -16,7 +16,7 @@ from tmc_export.core.facts import DecoderFacts, ModelFacts
 from tmc_export.graphs._contract import Attention, Keys
 from tmc_export.plan._weights import looks_ahead, projector_widths
 from tmc_export.plan.rows import rows_computed
-from tmc_export.plan.types import CutPlan, Plan, StagePlan, VisionPlan
+from tmc_export.plan.types import CutPlan, Plan, StagePlan, TowerPlan, VisionPlan
 
 __all__ = [
     "CutFlops",
@@ -29,6 +29,7 @@ __all__ = [
     "learned_flops",
     "projection_flops",
     "projector_flops",
+    "tower_flops",
     "vision_stage_flops",
     "vision_tokens",
 ]
@@ -89,6 +90,12 @@ def projector_flops(facts: ModelFacts, projected: int) -> int:
     """The two linears, over joined patches."""
     into, inner, out = projector_widths(facts)
     return 2 * (projected // facts.encoder.merge**2) * (into * inner + inner * out)
+
+
+def tower_flops(tower: TowerPlan) -> int:
+    """A text tower on one question, padded to its context: 8Lc² + 4L²c + 4Lcm a layer, and the projection of one row."""
+    n, c = tower.tokens, tower.hidden
+    return tower.layers * (8 * n * c**2 + 4 * n**2 * c + 4 * n * c * tower.intermediate) + 2 * c * tower.width
 
 
 def learned_flops(stage: StagePlan) -> int:

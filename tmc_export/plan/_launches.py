@@ -15,13 +15,14 @@ from tmc_export.plan._flops import (
     encoder_flops,
     head_flops,
     projection_flops,
+    tower_flops,
     vision_stage_flops,
     vision_tokens,
 )
-from tmc_export.plan._weights import WIDTHS, block_bytes, cut_bytes, vision_bytes
-from tmc_export.plan.types import BlockPlan, CutPlan, Plan, VisionPlan
+from tmc_export.plan._weights import WIDTHS, block_bytes, cut_bytes, tower_bytes, vision_bytes
+from tmc_export.plan.types import BlockPlan, CutPlan, Plan, TowerPlan, VisionPlan
 
-__all__ = ["Launch", "Part", "cut_launch", "decode_launches", "kv_bytes", "prompt_launches", "slot_bytes", "vision_launch"]
+__all__ = ["Launch", "Part", "cut_launch", "decode_launches", "kv_bytes", "prompt_launches", "slot_bytes", "tower_launch", "vision_launch"]
 
 Part = Literal["encoder", "prefill", "decode"]
 """The three shares of an answer's time; the projector counts to the encoder, cuts to the prefill."""
@@ -70,6 +71,12 @@ def vision_launch(plan: Plan, vision: VisionPlan, tokens: VisionTokens | None = 
     return Launch(f"vision_{vision.index}", "encoder", plan.images, flops, vision_bytes(plan) + pixels + _hidden(plan, out))
 
 
+def tower_launch(plan: Plan, tower: TowerPlan) -> Launch:
+    """Encode one question."""
+    moved = tower_bytes(plan, tower) + tower.tokens * 8 + tower.width * WIDTHS[plan.dtype]
+    return Launch(f"text_tower_{tower.index}", "encoder", 1, tower_flops(tower), moved)
+
+
 def _embed(plan: Plan, part: Part, tokens: int) -> Launch:
     return Launch("embed", part, 1, 0, 2 * _hidden(plan, tokens))
 
@@ -94,9 +101,12 @@ def cut_launch(plan: Plan, cut: CutPlan) -> Launch:
 
 
 def prompt_launches(plan: Plan) -> tuple[Launch, ...]:
-    """Everything that runs before the first token, for a prompt that fills the bucket; of several picture buckets, the dearest."""
+    """Everything that runs before the first token, for a prompt that fills the bucket; of several picture buckets, the dearest.
+
+    A text tower counts to the encoder, once for the question.
+    """
     vision = sorted((vision_launch(plan, v) for v in plan.vision), key=lambda launch: launch.flops)[-1:]
-    found = [*vision, _embed(plan, "prefill", plan.blocks[0].tokens)]
+    found = [*(tower_launch(plan, t) for t in plan.towers), *vision, _embed(plan, "prefill", plan.blocks[0].tokens)]
     for block in plan.blocks:
         cut = plan.cut_before(block.index)
         found += [cut_launch(plan, cut)] if cut is not None else []

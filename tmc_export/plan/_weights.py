@@ -13,11 +13,12 @@ from typing import Literal
 
 from tmc_export.core.facts import DecoderFacts, ModelFacts
 from tmc_export.graphs._contract import Attention, Keys
-from tmc_export.plan.types import BlockPlan, Plan, StagePlan
+from tmc_export.plan.types import BlockPlan, Plan, StagePlan, TowerPlan
 
 __all__ = [
     "LINEARS", "WIDTHS", "WeightBytes", "block_bytes", "cut_bytes", "decoder_linears", "embed_bytes", "encoder_weights", "head_bytes",
-    "layer_bytes", "learned_bytes", "looks_ahead", "projector_weights", "projector_widths", "vision_bytes", "weight_bytes",
+    "layer_bytes", "learned_bytes", "looks_ahead", "projector_weights", "projector_widths", "tower_bytes", "vision_bytes",
+    "weight_bytes",
 ]  # fmt: skip
 
 WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -42,6 +43,7 @@ class WeightBytes:
         head: the output head; 0 when it is the token table.
         cuts: query and key weights that cuts hold once more (`Attention(layer="next")`).
         methods: learned weights of methods.
+        towers: text towers.
     """
 
     encoder: int
@@ -51,11 +53,12 @@ class WeightBytes:
     head: int
     cuts: int
     methods: int = 0
+    towers: int = 0
 
     @property
     def total(self) -> int:
         """All parts, the token table once."""
-        return self.encoder + self.projector + self.embed + self.decoder + self.head + self.cuts + self.methods
+        return self.encoder + self.projector + self.embed + self.decoder + self.head + self.cuts + self.methods + self.towers
 
 
 def encoder_weights(facts: ModelFacts) -> int:
@@ -131,6 +134,16 @@ def learned_bytes(plan: Plan, stages: Sequence[StagePlan]) -> int:
     return sum(s.weights.elements * WIDTHS[plan.dtype] for s in stages if s.weights is not None and s.stage.index == 0)
 
 
+def tower_bytes(plan: Plan, tower: TowerPlan) -> int:
+    """Bytes of a text tower: token and position tables, layers with their norms, the final norm and the projection.
+
+    CLIP ViT-L/14's (49408 tokens, 77 places, width 768, inner 3072, 12 layers, to 768) has 123,650,304 weights.
+    """
+    c, inner = tower.hidden, tower.intermediate
+    layer = 4 * (c * c + c) + 2 * c * inner + inner + c + 4 * c
+    return ((tower.vocabulary + tower.tokens) * c + tower.layers * layer + 2 * c + c * tower.width) * WIDTHS[plan.dtype]
+
+
 def _learned_in_vision(plan: Plan) -> int:
     return learned_bytes(plan, plan.vision[0].stages) if plan.vision else 0
 
@@ -181,4 +194,5 @@ def weight_bytes(plan: Plan) -> WeightBytes:
         head=0 if d.tied else head_bytes(plan),
         cuts=sum(_duplicated_bytes(plan, index) for index in range(len(plan.cuts))),
         methods=_learned_in_vision(plan) + sum(learned_bytes(plan, cut.stages) for cut in plan.cuts),
+        towers=sum(tower_bytes(plan, tower) for tower in plan.towers),
     )

@@ -27,6 +27,8 @@ def _plain(value: object) -> object:
 def plan_json(plan: Plan) -> dict[str, JsonValue]:
     """Return a plan as JSON data; configurations and budgets are written as in a recipe."""
     data = asdict(plan)
+    for tower in data["towers"]:
+        del tower["path"]  # of this machine
     for place in (*data["vision"], *data["cuts"]):
         for stage in place["stages"]:
             if stage["weights"] is not None:

@@ -19,6 +19,7 @@ from tmc_export.plan._flops import (
     encoder_flops,
     head_flops,
     projection_flops,
+    tower_flops,
     vision_stage_flops,
     vision_tokens,
 )
@@ -66,7 +67,8 @@ class Estimate:
     """The cost of one plan. Bytes and operations are exact for the shapes; times are lower bounds.
 
     Attributes:
-        flops: by part, for a prompt that fills the bucket: encoder, projector, prefill, cuts, head; and `decode`, for one token.
+        flops: by part, for a prompt that fills the bucket: encoder, projector, prefill, cuts, head; and `decode`, for one token;
+            with text towers also `text tower`, for one question.
         blocks_flops: prefill operations of each block, head included.
         duplicated_flops: query and key projections that cuts compute once more; part of `flops["cuts"]`.
         cuts: what each cut costs, of one item of the batch.
@@ -155,6 +157,7 @@ def estimate(plan: Plan, clock: Clock, runtime: str) -> Estimate:
             "cuts": sum(x.flops for x in prompt if x.name.startswith("compress_")),
             "head": head,
             "decode": sum(x.flops for x in token),
+            **({"text tower": sum(tower_flops(t) for t in plan.towers)} if plan.towers else {}),
         },
         blocks_flops=blocks,
         duplicated_flops=plan.batch * sum(cut_flops(plan, cut).duplicated for cut in plan.cuts),

@@ -12,7 +12,7 @@ from dataclasses import replace
 from tmc_export.core.errors import LegalityError
 from tmc_export.core.facts import EncoderFacts
 from tmc_export.graphs import METHODS
-from tmc_export.graphs._contract import Attention, Features, Keys, Need, TextEmbeds
+from tmc_export.graphs._contract import Attention, Features, Keys, Need, TextEmbeds, TextTower
 from tmc_export.plan._weights import LINEARS
 from tmc_export.plan.memory import Room, build_memory, built_on_device, gib, run_memory, tight_helps
 from tmc_export.plan.states import leaving_vision
@@ -243,6 +243,8 @@ def _check_vision_needs(recipe: Recipe, stage: StagePlan, encoder: EncoderFacts)
     for need in stage.stage.needs:
         if site.part == "input":
             raise _refuse(recipe, stage, need, "pixels only: nothing was computed yet")
+        if isinstance(need, TextTower):
+            continue
         if site.point == "replace" and merge > 1:
             raise _refuse(recipe, stage, need, "the patches alone, put into raster order")
         if site.part == "projector" and site.point is None and (classes or merge > 1):
@@ -267,6 +269,8 @@ def _check_vision_needs(recipe: Recipe, stage: StagePlan, encoder: EncoderFacts)
 
 def _check_cut_needs(recipe: Recipe, cut: CutPlan, stage: StagePlan) -> None:
     for need in stage.stage.needs:
+        if isinstance(need, TextTower) and stage.scope == "joint":
+            raise _refuse(recipe, stage, need, "all pictures at once under scope: joint, and a question belongs to its pictures")
         if isinstance(need, (Keys, Features)):
             raise _refuse(recipe, stage, need, "attention rows and the text tokens' states; encoder sites have keys and features")
         if not isinstance(need, Attention):
@@ -367,6 +371,8 @@ def notes_of(recipe: Recipe, plan: Plan, device: Device, room: Room | None) -> t
         found.append("decode_width has no effect with onnxruntime, which takes one token at a time")
     if len(plan.vision) > 1 and plan.cuts:
         found.append("budgets at decoder sites are counted for the picture bucket of the most tokens; a smaller picture keeps as many")
+    if plan.query_aware_vision:
+        found.append("pictures are encoded with their turn's question: none can be encoded ahead of it or shared between prompts")
     if room is None:
         found.append("memory is not checked here: it depends on the machine")
     if len(plan.vision) > 1:

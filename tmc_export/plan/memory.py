@@ -19,9 +19,9 @@ from itertools import pairwise
 from tmc_export.core.errors import LegalityError
 from tmc_export.plan._flops import vision_tokens
 from tmc_export.plan._launches import kv_bytes
-from tmc_export.plan._weights import WIDTHS, block_bytes, cut_bytes, embed_bytes, vision_bytes
+from tmc_export.plan._weights import WIDTHS, block_bytes, cut_bytes, embed_bytes, tower_bytes, vision_bytes
 from tmc_export.plan.rows import ROW_BLOCK, handed_rows
-from tmc_export.plan.types import BlockPlan, CutPlan, Plan, VisionPlan
+from tmc_export.plan.types import BlockPlan, CutPlan, Plan, TowerPlan, VisionPlan
 from tmc_export.recipe import Device, Recipe
 
 __all__ = [
@@ -116,7 +116,9 @@ def run_memory(plan: Plan, runtime: str, memory_tight: bool = False) -> RunMemor
     unpacked = 2 if ort and plan.dtype != "float32" else 1  # the CPU provider computes float16 in float32
     blocks = sum(_packed(plan, block, unpacked) for block in plan.blocks)
     others = len(plan.vision) * vision_bytes(plan) + sum(cut_bytes(plan, i) for i in range(len(plan.cuts)))
+    others += sum(tower_bytes(plan, t) for t in plan.towers)
     acts = sum(vision_activations(plan, v, ort) for v in plan.vision) + sum(_cut_activations(plan, c) for c in plan.cuts)
+    acts += sum(_tower_activations(plan, t, ort) for t in plan.towers)
     for block in plan.blocks:
         width = 1 if ort else plan.decode_width
         phases = [
@@ -175,6 +177,12 @@ def vision_activations(plan: Plan, vision: VisionPlan, ort: bool) -> int:
     return numbers * _wide(plan, ort)
 
 
+def _tower_activations(plan: Plan, tower: TowerPlan, ort: bool) -> int:
+    n = tower.tokens
+    layer = max(4 * n * tower.hidden + 2 * tower.heads * n * n, 2 * n * tower.intermediate)
+    return (2 * n * tower.hidden + layer) * _wide(plan, ort)
+
+
 def _cut_activations(plan: Plan, cut: CutPlan) -> int:
     d = plan.facts.decoder
     hidden = (cut.tokens_in + cut.tokens_out) * d.width * 4
@@ -228,7 +236,8 @@ def build_memory(plan: Plan) -> tuple[BuildMemory, ...]:
     """The build of each engine; engines are built one after the other, each in a process of its own."""
     scheme = plan.quantize.get("decoder")
     int4 = scheme is not None and scheme.weights == "int4"
-    found = [(f"vision_{v.index}", vision_bytes(plan), False) for v in plan.vision]
+    found = [(f"text_tower_{t.index}", tower_bytes(plan, t), False) for t in plan.towers]
+    found += [(f"vision_{v.index}", vision_bytes(plan), False) for v in plan.vision]
     for block in plan.blocks:
         cut = plan.cut_before(block.index)
         found += [(f"compress_{block.index}", cut_bytes(plan, plan.cuts.index(cut)), False)] if cut is not None else []

@@ -15,6 +15,7 @@ from tmc_export.plan.entries import Entry, read_entries
 from tmc_export.plan.learned import bind
 from tmc_export.plan.rows import handed_rows
 from tmc_export.plan.tied import broken_tie
+from tmc_export.plan.towers import read_towers
 from tmc_export.plan.types import BlockPlan, CutPlan, Plan, QuantizePlan, StagePlan, VisionPlan
 from tmc_export.recipe.recipe import Recipe
 
@@ -39,6 +40,7 @@ def resolve(recipe: Recipe, files: ModelFiles, splits: Sequence[int] = ()) -> Pl
     first = _facts(recipe, family, files, sizes[0])
     entries = read_entries(recipe, first)
     vision = tuple(_vision(i, size, recipe, family, files, entries) for i, size in enumerate(sizes)) if recipe.inputs.images else ()
+    towers = read_towers(recipe, entries)
     blocks, cuts = _decoder(recipe, first, entries, vision, splits)
     if any(v.barrier for v in vision):
         blocks = tuple(replace(b, since=True) for b in blocks)
@@ -62,6 +64,7 @@ def resolve(recipe: Recipe, files: ModelFiles, splits: Sequence[int] = ()) -> Pl
         quantize=_quantize(recipe),
         memory_tight=recipe.target.memory_tight,
         runtime=recipe.target.runtime,
+        towers=towers,
     )
 
 

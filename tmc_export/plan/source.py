@@ -12,7 +12,7 @@ from tmc_export.core.lazy import require
 from tmc_export.families._contract import ModelFiles
 from tmc_export.recipe.recipe import Recipe
 
-__all__ = ["SMALL_FILES", "fetch", "read_model_files"]
+__all__ = ["SMALL_FILES", "fetch", "fetch_source", "read_model_files"]
 
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 """What a plan and the runtime need of a hub repository; weights are fetched by `build` only."""
@@ -28,25 +28,34 @@ def fetch(recipe: Recipe, *, weights: bool) -> Path:
     Raises:
         ModelError: the folder does not exist, or the hub has no such model.
     """
-    place = recipe.origin(("model", "source"))
-    folder = recipe.model_folder()
+    return fetch_source(recipe, recipe.model.source, f"{recipe.origin(('model', 'source'))}: model.source", recipe.model.revision, weights)
+
+
+def fetch_source(recipe: Recipe, source: str, place: str, revision: str | None, weights: bool) -> Path:
+    """Return the folder of a checkpoint that a recipe names; see `fetch`.
+
+    Args:
+        recipe: relative folders start from it.
+        source: a folder or a hub id.
+        place: begins every message.
+        revision: of a hub id.
+        weights: also fetch safetensors files.
+    """
+    folder = recipe.source_folder(source)
     if folder is not None:
         if not (folder / "config.json").is_file():
             what = "holds no config.json" if folder.is_dir() else "does not exist"
-            raise ModelError(
-                f"{place}: model.source: the folder '{recipe.model.source}' ({folder}) {what}; name a Hugging Face model folder or a hub id"
-            )
+            raise ModelError(f"{place}: the folder '{source}' ({folder}) {what}; name a Hugging Face model folder or a hub id")
         return folder
-    hub = require("huggingface_hub", extra="export", purpose=f"look up the model '{recipe.model.source}'")
+    hub = require("huggingface_hub", extra="export", purpose=f"look up the model '{source}'")
     patterns = [*SMALL_FILES, *(["*.safetensors"] if weights else [])]
     try:
-        return Path(hub.snapshot_download(recipe.model.source, revision=recipe.model.revision, allow_patterns=patterns))
+        return Path(hub.snapshot_download(source, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises errors of several libraries; every one of them means the same to the user
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise ModelError(
-            f"{place}: model.source: '{recipe.model.source}' is no folder beside the recipe "
-            f"and could not be fetched from the hub{offline}: {reason}"
+            f"{place}: '{source}' is no folder beside the recipe and could not be fetched from the hub{offline}: {reason}"
         ) from error
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Literal
 
 from tmc_export.core.facts import ModelFacts
-from tmc_export.graphs._contract import Attention, Layout, MethodConfig, Positions, Stage
+from tmc_export.graphs._contract import Attention, Layout, MethodConfig, Positions, Stage, TextTower
 
-__all__ = ["BlockPlan", "CutPlan", "LearnedWeights", "Plan", "QuantizePlan", "StagePlan", "VisionPlan"]
+__all__ = ["BlockPlan", "CutPlan", "LearnedWeights", "Plan", "QuantizePlan", "StagePlan", "TowerPlan", "VisionPlan"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,33 @@ class LearnedWeights:
     def matrix_elements(self) -> int:
         """Numbers in the tensors of two axes or more: what tokens are multiplied with."""
         return sum(prod(shape) for shape in self.shapes.values() if len(shape) > 1)
+
+
+@dataclass(frozen=True)
+class TowerPlan:
+    """A text tower: its own subgraph and tokenizer, run once for the question of a turn that brings pictures.
+
+    Attributes:
+        index: number of the tower; its input at the stages is `text.<index>`.
+        source: as the recipe writes it.
+        width: channels of the embedding.
+        tokens: its context; a question is cut and padded to it.
+        end: the token at whose first place the embedding is read.
+        hidden, layers, heads, intermediate, vocabulary: its numbers.
+        path: its folder on this machine; not part of what a plan says, and left out of its JSON form.
+    """
+
+    index: int
+    source: str
+    width: int
+    tokens: int
+    end: int
+    hidden: int
+    layers: int
+    heads: int
+    intermediate: int
+    vocabulary: int
+    path: Path | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -184,6 +211,7 @@ class Plan:
         quantize: scheme per part.
         memory_tight: the CPU path keeps one copy of the weights.
         runtime: what executes the bundle on its device.
+        towers: text encoders that stages ask for, each once.
     """
 
     name: str
@@ -204,6 +232,13 @@ class Plan:
     quantize: Mapping[str, QuantizePlan] = field(default_factory=dict)
     memory_tight: bool = False
     runtime: Literal["onnxruntime", "tensorrt", "tensorrt-rtx"] = "onnxruntime"
+    towers: tuple[TowerPlan, ...] = ()
+
+    @property
+    def query_aware_vision(self) -> bool:
+        """Whether pictures cannot be encoded without their question, so that no picture can be shared between prompts."""
+        needs = [n for v in self.vision for s in v.stages for n in s.stage.needs]
+        return any(isinstance(n, TextTower) for n in needs)
 
     def cut_before(self, block: int) -> CutPlan | None:
         """Return the cut before a block, if there is one."""

@@ -288,11 +288,14 @@ class Recipe(_Strict):
         return FilePath.cwd() if self._path is None else self._path.parent
 
     def model_folder(self) -> FilePath | None:
-        """Return the folder `model.source` names (it need not exist), or None when it is a hub id.
+        """Return the folder `model.source` names (it need not exist), or None when it is a hub id."""
+        return self.source_folder(self.model.source)
+
+    def source_folder(self, source: str) -> FilePath | None:
+        """Return the folder that a source names (it need not exist), or None when it is a hub id.
 
         A source is a folder when it starts with `.`, `/` or `~`, or when such a folder lies beside the recipe.
         """
-        source = self.model.source
         folder = (self.folder / FilePath(source).expanduser()).resolve()
         return folder if source.startswith((".", "/", "~")) or folder.is_dir() else None
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tmc_export.core.errors import RuntimeInputError
 from tmc_export.runtime._chat import ChatTemplate, place_images
+from tmc_export.runtime._text_tower import question_of
 from tmc_export.runtime._tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class Said:
         unfed: the answer's last token, which the decoder has not taken yet, where the next turn does not bring it itself.
         fed: ids that the decoder has taken, one per picture.
         pixels: every picture so far, with its bucket.
+        questions: per picture, the user's text that it came with.
     """
 
     messages: tuple[dict[str, object], ...] = ()
@@ -40,6 +42,7 @@ class Said:
     unfed: tuple[int, ...] = ()
     fed: tuple[int, ...] = ()
     pixels: Pixels = ()
+    questions: tuple[str, ...] = ()
 
 
 class Conversation:
@@ -75,7 +78,9 @@ class Conversation:
         """
         template = self._template if chat else None
         ids, asked = self._plain(prompt, len(pixels)) if template is None else self._chat(template, prompt, len(pixels))
-        return ids, replace(asked, fed=(*self.said.fed, *ids), pixels=(*self.said.pixels, *pixels))
+        said, question = self.said, question_of(prompt, self._image_text)
+        questions = (*said.questions, *[question for _ in pixels])
+        return ids, replace(asked, fed=(*said.fed, *ids), pixels=(*said.pixels, *pixels), questions=questions)
 
     def answer(self, asked: Said, text: str, tokens: Sequence[int]) -> None:
         """Put the answer behind the question. The tokens of a stop text have been fed, and stay."""

@@ -167,7 +167,8 @@ class Decoder:
             group: int `[n]`, 0 for text, i + 1 for picture i of this turn.
             next_position: position of the token after the turn.
             route: `whole` runs the prefill graphs on the bucket, `chunked` the chunk graphs; `auto` takes the cheaper that applies.
-            states: what the vision graphs hand to cuts, of all pictures: `past_state.<entry>.<name>` → `[m, …]`.
+            states: what vision graphs and text towers hand to cuts, of all pictures: `past_state.<entry>.<name>` → `[m, …]`, and
+                `text.<n>` → `[m, width]`.
 
         Raises:
             RuntimeInputError: the turn does not fit; the conversation is as it was.
@@ -285,6 +286,7 @@ class Decoder:
             "last": np.array([count - 1]),
             **self._text(cut, flow),
             **{s.input: flow.states[s.input] for s in cut.entering},
+            **{f"text.{n}": flow.states[f"text.{n}"] for n in cut.towers},
         }
         if cut.previous:
             before = self.slots[cut.before_block - 1]

@@ -21,6 +21,7 @@ from tmc_export.runtime._decoder import Decoder, Route, TurnTrace
 from tmc_export.runtime._images import ImageLike, choose_bucket, load_image, prepare
 from tmc_export.runtime._mrope import mrope_positions
 from tmc_export.runtime._sampling import Sampler, Sampling, StopStrings
+from tmc_export.runtime._text_tower import TextTowers
 from tmc_export.runtime._tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class Prompt:
         tokens: per picture, visual tokens `[v, c]`.
         sources: per picture, per vision stage, `[k]`.
         states: per picture, what its vision graph hands to cuts, by the name of the output: `[1, …]`.
+        texts: per picture, what text towers made of its question: `text.<n>` → `[1, width]`.
     """
 
     ids: Array
@@ -95,6 +97,7 @@ class Prompt:
     tokens: tuple[Array, ...] = ()
     sources: tuple[tuple[Array, ...], ...] = ()
     states: tuple[Mapping[str, Array], ...] = ()
+    texts: tuple[Mapping[str, Array], ...] = ()
 
 
 class Session:
@@ -116,6 +119,7 @@ class Session:
         self._conversation = Conversation(self.tokenizer, self.template, self.program.image_text, self.program.eos)
         for vision in self.program.vision:
             self._backend.graph(vision.file)
+        self._towers = TextTowers(self.program.towers, folder, self._backend)
         self.decoder.graphs()
 
     def reset(self) -> None:
@@ -141,17 +145,19 @@ class Session:
             found.append((bucket, prepare(image, self._rules[bucket])[None].astype(self.program.dtype)))
         return tuple(found)
 
-    def prompt(self, ids: Sequence[int], pixels: Sequence[tuple[int, Array]]) -> Prompt:
+    def prompt(self, ids: Sequence[int], pixels: Sequence[tuple[int, Array]], questions: Sequence[str] = ()) -> Prompt:
         """Encode a turn's pictures and lay out its tokens.
 
         Args:
             ids: text ids with one image token per picture.
             pixels: from `encode_images`.
+            questions: per picture, the user's text that it came with; only read where the bundle has text towers.
         """
         tokens, sources, states = [], [], []
-        for bucket, array in pixels:
+        texts = self._towers.embed(questions, len(pixels))
+        for (bucket, array), text in zip(pixels, texts, strict=True):
             vision = self.program.vision[bucket]
-            out = self._backend.graph(vision.file).run({"pixels": array})
+            out = self._backend.graph(vision.file).run({"pixels": array, **text})
             tokens.append(out["tokens"][0])
             sources.append(tuple(out[f"source.{n}"][0] for n in range(len(vision.stages))))
             states.append({s.output: out[s.output] for s in vision.states})
@@ -159,7 +165,7 @@ class Session:
             raise RuntimeInputError("the prompt is empty; write a question")
         expanded, group = expand_image_tokens(ids, self.program.image_token, [t.shape[0] for t in tokens])
         positions, following = self._positions(group, [b for b, _ in pixels], sources)
-        return Prompt(expanded, group, positions, following, tuple(pixels), tuple(tokens), tuple(sources), tuple(states))
+        return Prompt(expanded, group, positions, following, tuple(pixels), tuple(tokens), tuple(sources), tuple(states), tuple(texts))
 
     def _positions(self, group: Array, buckets: Sequence[int], sources: Sequence[tuple[Array, ...]]) -> tuple[Array, int]:
         """Rotary positions of a turn; tokens that form no raster any more keep the place of the token they come from."""
@@ -199,12 +205,15 @@ class Session:
         return self.decoder.turn(hidden, prompt.positions, prompt.group, prompt.next_position, route, self._states(prompt))
 
     def _states(self, prompt: Prompt) -> dict[str, Array]:
-        """What the vision graphs hand to cuts, one item per picture of the bucket; a missing picture's is zero."""
+        """What the vision graphs and text towers hand to cuts, one item per picture of the bucket; a missing picture's is zero."""
         found: dict[str, Array] = {}
         for state in self.program.vision[0].states if prompt.tokens else ():
             parts = [given[state.output] for given in prompt.states]
             empty = np.zeros((self.program.images - len(parts), *state.shape[1:]), state.dtype)
             found[state.input] = np.concatenate([*parts, empty])
+        for name in prompt.texts[0] if prompt.texts else ():
+            rows = [text[name] for text in prompt.texts]
+            found[name] = np.concatenate([*rows, *[np.zeros_like(rows[0])] * (self.program.images - len(rows))])
         return found
 
     # ------------------------------------------------------------------------------------------------------ answers
@@ -258,12 +267,13 @@ class Session:
         sampler, stops = Sampler(sampling or Sampling()), StopStrings(stop)
         pixels = self.encode_images(images)
         ids, asked = self._conversation.ask(prompt, pixels, chat)
+        questions = asked.questions[len(asked.questions) - len(pixels) :]
         mark = self.decoder.mark()
         try:
             if self.program.turns == "recompute":
                 self.decoder.reset()
-                ids, pixels = list(asked.fed), asked.pixels
-            laid = self.prompt(ids, pixels)
+                ids, pixels, questions = list(asked.fed), asked.pixels, asked.questions
+            laid = self.prompt(ids, pixels, questions)
             seen = time.perf_counter()
             trace = self.run_prompt(laid, route)
             tokens, text, finish, times = self._decode(trace.logits, limit, sampler, stops, on_text)

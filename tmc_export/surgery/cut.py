@@ -5,7 +5,8 @@ Inputs, in order: `hidden [b, S, c]`, `positions [r, b, S]`, `order [b, S]`, `va
 `text_places [b, t]` (places of the text tokens in S, in order) and `text_valid [b, t]`; for attention of the layer before:
 `slots [b, S]` (KV slot of each token), `slot_order`, `slot_valid` `[b, C]`, `query.<l>` and `key.<l>` `[b, g, C, d]`; for attention of the
 layer after: `next_order`, `next_valid` `[b, C']` and `next_key.<l>` `[b, g, C', d]` (what earlier turns left in the next block); then
-`past_state.<entry>.<name>`, what a recipe entry's last stage in an earlier graph left.
+`past_state.<entry>.<name>`, what a recipe entry's last stage in an earlier graph left, and `text.<n>` `[b·m, width]`, what a text tower
+made of each picture's question.
 Outputs: `hidden_out [b, S', c]`, `source` and `place` `[b, S']` (which token of S a token has its rotary position, and its place in the
 conversation, from; see `sequence`), `valid_out [b, S']`, then per stage `kept.<n>` `[b, m·k]` (index among the arriving candidates, -2
 synthetic, -1 none; a stage that leaves no token has no such output), `kv.<l>` `[b, S]` where the method prunes KV of an earlier layer, and
@@ -15,23 +16,24 @@ The KV of the whole turn is in the slots when this graph runs, so that the score
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from tmc_export.core.facts import ModelFacts
-from tmc_export.graphs._contract import Attention, Compressed, Context, Need, TextEmbeds
+from tmc_export.graphs._contract import Compressed, Context, Need, TextEmbeds, TextTower
 from tmc_export.plan.rows import text_places
-from tmc_export.plan.types import CutPlan, StagePlan
+from tmc_export.plan.types import CutPlan, StagePlan, TowerPlan
 from tmc_export.surgery._rows import KeySide, QuerySide, row_scores
 from tmc_export.surgery._states import Handed, StateBook, by_entry
 from tmc_export.surgery.attention import AttentionState, expand_heads, recording
 from tmc_export.surgery.learned import Learned
 from tmc_export.surgery.sequence import Candidates, arriving, assemble, leave, members
-from tmc_export.surgery.stages import captured_or_raise, gather_rows, run_stage
+from tmc_export.surgery.stages import captured_or_raise, gather_rows, run_stage, text_inputs, texts_by_need
 
 if TYPE_CHECKING:
     from tmc_export.families._contract import DecoderParts
@@ -65,6 +67,7 @@ class Cut(nn.Module):
         dtype: of learned weights.
         entering: states that earlier graphs hand to the stages here.
         leaving: recipe entries whose state a later cut reads.
+        towers: what stages ask text towers for, in the order of the towers.
     """
 
     def __init__(
@@ -77,13 +80,14 @@ class Cut(nn.Module):
         dtype: torch.dtype = torch.float32,
         entering: Sequence[Handed] = (),
         leaving: tuple[int, ...] = (),
+        towers: Mapping[TextTower, TowerPlan] = MappingProxyType({}),
     ) -> None:
         super().__init__()
         self.learned = Learned(plan.stages, dtype)
         self._parts, self.plan, self.images, self.facts, self.windows = parts, plan, images, facts, windows
         self.previous, self.next = plan.attention("previous"), plan.attention("next")
         self.text_places = text_places(plan)
-        self.entering, self.states = tuple(entering), StateBook(leaving)
+        self.entering, self.states, self.towers = tuple(entering), StateBook(leaving), dict(towers)
         self.scored_layer = parts.layers[plan.layer] if self.next else None
 
     def input_names(self) -> list[str]:
@@ -96,7 +100,7 @@ class Cut(nn.Module):
             names += ["slots", "slot_order", "slot_valid", f"query.{layer}", f"key.{layer}"]
         if self.next:
             names += ["next_order", "next_valid", f"next_key.{self.plan.layer}"]
-        return names + [h.input for h in self.entering]
+        return names + [h.input for h in self.entering] + text_inputs(self.towers)
 
     def output_names(self) -> list[str]:
         """Names of the outputs, in the order of `forward`; those of states are known once it has run."""
@@ -123,6 +127,7 @@ class Cut(nn.Module):
         turn = _Turn(hidden, positions, order, valid, last, valid & (group == 0), places, places_valid)
         scores = self._previous_scores(turn, given)
         scores |= self._next_scores(turn, given)
+        texts = texts_by_need(self.towers, [given[name] for name in text_inputs(self.towers)])
         left: Candidates | None = arriving(hidden, candidates, candidate_valid)
         states = by_entry(self.entering, [given[h.input] for h in self.entering])
         kept: list[Tensor] = []
@@ -131,7 +136,7 @@ class Cut(nn.Module):
             if left is None or stage.after.tokens == 0:  # nothing to compute: only the text goes on
                 left = None
                 continue
-            result = self._run(stage, turn, left, scores, states)
+            result = self._run(stage, turn, left, scores, texts, states)
             if result.text is not None:
                 row = (turn.text.long().cumsum(1) - 1).clamp(0, result.text.shape[1] - 1)  # which of the text tokens stands here
                 hidden = torch.where(turn.text[:, :, None], gather_rows(result.text.to(hidden.dtype), row), hidden)
@@ -148,7 +153,13 @@ class Cut(nn.Module):
 
     # ------------------------------------------------------------------------------------------------- one stage
     def _run(
-        self, stage: StagePlan, turn: _Turn, left: Candidates, scores: dict[Need, Tensor], states: dict[int, dict[str, Tensor]]
+        self,
+        stage: StagePlan,
+        turn: _Turn,
+        left: Candidates,
+        scores: dict[Need, Tensor],
+        texts: dict[Need, Tensor],
+        states: dict[int, dict[str, Tensor]],
     ) -> Compressed:
         """Run a stage on every picture by itself, or on all of them (`joint`); `states` gets what it hands on."""
         fold = self._fold(stage)
@@ -156,6 +167,7 @@ class Cut(nn.Module):
         axes = turn.positions.shape[0]
         at_place = turn.positions.gather(2, left.origin[None].expand(axes, -1, -1)).reshape(axes, batch * fold, count // fold)
         captured = {n: _fold_columns(s.gather(-1, _like(left.origin, s)), fold) for n, s in scores.items()}
+        wanted = tuple(n for n in stage.stage.needs if not isinstance(n, TextEmbeds))
         wants_text, rows = any(isinstance(n, TextEmbeds) for n in stage.stage.needs), turn.places_valid
         context = Context(
             layout=stage.before,
@@ -165,7 +177,7 @@ class Cut(nn.Module):
             positions=at_place,
             text=(gather_rows(turn.hidden, turn.places) * rows[:, :, None]).repeat_interleave(fold, 0) if wants_text else None,
             text_valid=rows.repeat_interleave(fold, 0) if rows.shape[1] else None,
-            captured=captured_or_raise(captured, tuple(n for n in stage.stage.needs if isinstance(n, Attention)), str(stage.stage.at)),
+            captured=captured_or_raise({**captured, **texts}, wanted, str(stage.stage.at)),
             state=states.get(stage.entry, {}),
             weights=self.learned.of(stage),
         )

@@ -5,7 +5,7 @@ Legend: b batch, n candidates, k tokens that leave, h heads, R query rows, s key
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from tmc_export.core.errors import ExportError
 from tmc_export.graphs import METHODS
-from tmc_export.graphs._contract import Attention, Compressed, Context, Need
-from tmc_export.plan.types import StagePlan
+from tmc_export.graphs._contract import Attention, Compressed, Context, Need, TextTower
+from tmc_export.plan.types import StagePlan, TowerPlan
 
-__all__ = ["attention_scores", "gather_rows", "join_heads", "move_source", "run_stage"]
+__all__ = ["attention_scores", "gather_rows", "join_heads", "move_source", "run_stage", "text_inputs", "texts_by_need"]
 
 
 def gather_rows(tensor: Tensor, index: Tensor) -> Tensor:
@@ -98,6 +98,17 @@ def run_stage(plan: StagePlan, tokens: Tensor, context: Context) -> Compressed:
 def move_source(before: Tensor, result: Compressed) -> Tensor:
     """Compose original indices: candidates' `[b, n]` through a stage → `[b, k]`; -1 stays synthetic."""
     return torch.where(result.source >= 0, gather_rows(before, result.source), -1)
+
+
+def text_inputs(towers: Mapping[TextTower, TowerPlan]) -> list[str]:
+    """Names of the inputs that bring what text towers made of the question, one per tower."""
+    return list(dict.fromkeys(f"text.{t.index}" for t in towers.values()))
+
+
+def texts_by_need(towers: Mapping[TextTower, TowerPlan], texts: Sequence[Tensor]) -> dict[Need, Tensor]:
+    """Give every need the input of its tower; `texts` are in the order of `text_inputs`."""
+    named = dict(zip(text_inputs(towers), texts, strict=True))
+    return {need: named[f"text.{tower.index}"] for need, tower in towers.items()}
 
 
 def captured_or_raise(captured: Mapping[Need, Tensor], needs: tuple[Need, ...], place: str) -> dict[Need, Tensor]:

@@ -1,11 +1,14 @@
 """Encoder, encoder-site stages, projector (the family's, or the one that replaces it) and projector-site stages as one static module.
 
-Input `pixels` `[b, 3, H, W]` (or `[b, patches, values]`); outputs `tokens [b, v, c]`, then per stage `source.<n>` `[b, k]` (original
-index among the uncompressed tokens of the picture, class tokens first; -1 = synthetic), and `state.<entry>.<name>` for a cut.
+Inputs `pixels` `[b, 3, H, W]` (or `[b, patches, values]`), and `text.<n>` `[b, width]` for every text tower that a stage asks; outputs
+`tokens [b, v, c]`, then per stage `source.<n>` `[b, k]` (original index among the uncompressed tokens of the picture, class tokens first;
+-1 = synthetic), and `state.<entry>.<name>` for a cut.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,11 +16,11 @@ from torch import Tensor, nn
 
 from tmc_export.core.errors import ExportError
 from tmc_export.core.facts import ModelFacts
-from tmc_export.graphs._contract import Attention, Compressed, Context, Features, Keys, Need
-from tmc_export.plan.types import StagePlan, VisionPlan
+from tmc_export.graphs._contract import Attention, Compressed, Context, Features, Keys, Need, TextTower
+from tmc_export.plan.types import StagePlan, TowerPlan, VisionPlan
 from tmc_export.surgery._states import StateBook
 from tmc_export.surgery.learned import Learned
-from tmc_export.surgery.stages import attention_scores, captured_or_raise, gather_rows, move_source, run_stage
+from tmc_export.surgery.stages import attention_scores, captured_or_raise, gather_rows, move_source, run_stage, text_inputs, texts_by_need
 
 if TYPE_CHECKING:
     from tmc_export.families._contract import VisionParts
@@ -32,11 +35,12 @@ class VisionTrace:
         tokens: `[b, n, c]`.
         facts: the model's numbers, for the methods.
         learned: the methods' weights.
+        texts: what text towers made of the question, by need.
     """
 
-    def __init__(self, tokens: Tensor, facts: ModelFacts, learned: Learned) -> None:
+    def __init__(self, tokens: Tensor, facts: ModelFacts, learned: Learned, texts: Mapping[Need, Tensor]) -> None:
         batch, count = tokens.shape[:2]
-        self.facts, self.learned = facts, learned
+        self.facts, self.learned, self.texts = facts, learned, texts
         self.tokens = tokens
         self.source = torch.arange(count).expand(batch, count)
         self.valid = torch.ones(batch, count, dtype=torch.bool)
@@ -84,7 +88,7 @@ class VisionTrace:
 
     def capture(self, needs: tuple[Need, ...], layer: int, place: str) -> None:
         """Compute what a stage asked for out of the layer that ran last."""
-        needs = tuple(n for n in needs if n not in self.captured)
+        needs = tuple(n for n in needs if n not in self.captured and n not in self.texts)
         if any(isinstance(n, (Keys, Attention)) for n in needs) and self._query.shape[0] != self.tokens.shape[0]:
             raise ExportError(f"encoder layer {layer} attends within windows: it has no keys or scores over all tokens for {place}")
         for need in needs:
@@ -107,7 +111,7 @@ class VisionTrace:
             facts=self.facts,
             valid=self.valid,
             source=self.source,
-            captured=captured_or_raise(self.captured, plan.stage.needs, str(plan.stage.at)),
+            captured=captured_or_raise({**self.captured, **self.texts}, plan.stage.needs, str(plan.stage.at)),
             state=self.states.get(plan.entry, {}),
             weights=self.learned.of(plan),
         )
@@ -145,10 +149,19 @@ class Vision(nn.Module):
         plan: the bucket's numbers and stages.
         dtype: of learned weights.
         leaving: recipe entries whose state a cut reads.
+        towers: what stages ask text towers for, in the order of the towers.
     """
 
-    def __init__(self, parts: VisionParts, plan: VisionPlan, dtype: torch.dtype = torch.float32, leaving: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self,
+        parts: VisionParts,
+        plan: VisionPlan,
+        dtype: torch.dtype = torch.float32,
+        leaving: tuple[int, ...] = (),
+        towers: Mapping[TextTower, TowerPlan] = MappingProxyType({}),
+    ) -> None:
         super().__init__()
+        self.towers = dict(towers)
         self._parts = parts
         self.plan = plan
         self.learned = Learned(plan.stages, dtype)
@@ -157,6 +170,10 @@ class Vision(nn.Module):
             if isinstance(module, nn.Module):
                 self.add_module(name, module)
 
+    def input_names(self) -> list[str]:
+        """Names of the inputs, in the order of `forward`."""
+        return ["pixels", *text_inputs(self.towers)]
+
     def output_names(self) -> list[str]:
         """Names of the outputs, in the order of `forward`; those of states are known once it has run."""
         return ["tokens", *(f"source.{n}" for n in range(len(self.plan.stages))), *self.states.output_names()]
@@ -164,11 +181,11 @@ class Vision(nn.Module):
     def _at(self, part: str, layer: int | None, point: str | None = None) -> list[StagePlan]:
         return [s for s in self.plan.stages if (s.stage.at.part, s.stage.at.layer, s.stage.at.point) == (part, layer, point)]
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, pixels: Tensor, *texts: Tensor) -> tuple[Tensor, ...]:
         """Encode and compress one bucket of pictures."""
         parts, facts = self._parts, self.plan.facts
         pixels, before = self._inputs(pixels)
-        trace = VisionTrace(parts.embed(pixels), facts, self.learned)
+        trace = VisionTrace(parts.embed(pixels), facts, self.learned, texts_by_need(self.towers, texts))
         trace.reports += before
         for layer in range(parts.layers):
             for stage in self._at("encoder", layer):

@@ -144,6 +144,7 @@ class Decoder:
         self.positions = torch.zeros(self.plan.rope_axes, 0, dtype=torch.int64)
         self.turn_visual = torch.zeros(0, dtype=torch.int64)
         self.turn_states: dict[tuple[int, int], dict[str, Tensor]] = {}
+        self.turn_texts: dict[int, Mapping[Need, Tensor]] = {}
         self.stages: list[StageTrace] = []
         self.blocks: list[BlockTrace] = []
 
@@ -329,6 +330,8 @@ class Decoder:
         padding = stage.before.tokens - count if stage.scope == "joint" or len(sizes) > 1 else 0
         padded = torch.cat([rows, rows[:1].expand(max(padding, 0))])
         valid = (torch.arange(padded.shape[0]) < count)[None]
+        texts = self.turn_texts.get(picture, {})
+        wanted = [n for n in stage.stage.needs if not isinstance(n, TextEmbeds)]
         context = Context(
             layout=stage.before,
             facts=self.plan.facts,
@@ -337,7 +340,7 @@ class Decoder:
             positions=tokens.positions[:, :, padded],
             text=cut.text if any(isinstance(n, TextEmbeds) for n in stage.stage.needs) else None,
             text_valid=torch.ones(1, cut.text.shape[1], dtype=torch.bool),
-            captured={n: self._columns(n, cut, tokens, padded, where) for n in stage.stage.needs if not isinstance(n, TextEmbeds)},
+            captured={n: texts[n] if n in texts else self._columns(n, cut, tokens, padded, where) for n in wanted},
             state=cut.states.get((stage.entry, picture), {}),
             weights=self.learned.of(stage),
         )

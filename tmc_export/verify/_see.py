@@ -5,6 +5,7 @@ Legend: n tokens, c channels, h heads, d channels of a head.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -34,6 +35,7 @@ class Seen:
         weights, keys, features: of the layer that ran last; features of all layers.
         entered: that layer's number, what entered it, `[1, n, c]`, and the key bias it ran with.
         states: entry → what its last stage left for the next.
+        texts: what text towers made of the question that the picture came with, `[1, width]`.
         traces: the stages that ran.
     """
 
@@ -47,9 +49,12 @@ class Seen:
     features: list[Tensor] = field(default_factory=list)
     states: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     traces: list[StageTrace] = field(default_factory=list)
+    texts: Mapping[Need, Tensor] = field(default_factory=dict)
 
 
-def see(tower: Tower, plan: VisionPlan, pixels: Tensor, picture: int, noise: float, weights: MethodWeights) -> Seen:
+def see(
+    tower: Tower, plan: VisionPlan, pixels: Tensor, picture: int, noise: float, weights: MethodWeights, texts: Mapping[Need, Tensor]
+) -> Seen:
     """Encode a prepared picture `[1, …]` and run every stage up to the projector's.
 
     Args:
@@ -59,6 +64,7 @@ def see(tower: Tower, plan: VisionPlan, pixels: Tensor, picture: int, noise: flo
         picture: number within the turn.
         noise: see `apply_stage`.
         weights: what the methods have learned.
+        texts: what text towers made of the question.
     """
 
     def run(part: str, layer: int | None = None, point: str | None = None) -> None:
@@ -72,7 +78,7 @@ def see(tower: Tower, plan: VisionPlan, pixels: Tensor, picture: int, noise: flo
     if seen.traces:
         rows, columns = _raster(plan)
         pixels = seen.tokens.transpose(1, 2).reshape(1, -1, rows, columns)
-    seen = replace(_fresh(tower.embed(pixels, plan)), traces=seen.traces)
+    seen = replace(_fresh(tower.embed(pixels, plan)), traces=seen.traces, texts=texts)
     for layer in range(tower.layers):
         run("encoder", layer)
         seen.entered = (layer, seen.tokens, seen.key_bias)
@@ -87,14 +93,14 @@ def see(tower: Tower, plan: VisionPlan, pixels: Tensor, picture: int, noise: flo
     if plan.replacing is not None:
         _without_classes(seen, classes)
         if merge > 1:
-            seen = replace(_fresh(tower.in_raster(seen.tokens)), traces=seen.traces, states=seen.states)
+            seen = replace(_fresh(tower.in_raster(seen.tokens)), traces=seen.traces, states=seen.states, texts=seen.texts)
             patch = seen.source[0]
             seen.source = (patch // plan.grid[1] // merge * (plan.grid[1] // merge) + patch % plan.grid[1] // merge)[None]
         run("projector", point="replace")
     else:
         seen.tokens = tower.project(seen.tokens)
         if merge > 1:
-            seen = replace(_fresh(seen.tokens), traces=seen.traces, states=seen.states)
+            seen = replace(_fresh(seen.tokens), traces=seen.traces, states=seen.states, texts=seen.texts)
     run("projector")
     return seen
 
@@ -156,6 +162,8 @@ def _capture(need: Need, tower: Tower, seen: Seen, stage: StagePlan) -> Tensor:
         ExportError: nothing ran before this place, a stage cut in between, or the need is not served in an encoder.
     """
     place = str(stage.stage.at)
+    if need in seen.texts:
+        return seen.texts[need]
     if isinstance(need, Features) and seen.features:
         return seen.features[need.layer]
     if isinstance(need, (Attention, Keys)) and need.layer == "next":

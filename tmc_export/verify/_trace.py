@@ -116,6 +116,7 @@ class ReferenceTurn:
         blocks: the prompt at every block of the plan; empty unless the reference was made with `trace=True`.
         cache_rows: per decoder layer, KV rows after the turn.
         positions: `[r, T]` rotary positions of the prompt; None once read back from a file.
+        texts: text tower → what it made of the turn's question, `[width]`; empty without pictures, and once read back.
     """
 
     tokens: tuple[int, ...]
@@ -125,6 +126,7 @@ class ReferenceTurn:
     blocks: tuple[BlockTrace, ...]
     cache_rows: tuple[int, ...]
     positions: NDArray[np.int64] | None = None
+    texts: Mapping[int, NDArray[np.float32]] = field(default_factory=dict)
 
     @property
     def greedy(self) -> tuple[int, ...]:

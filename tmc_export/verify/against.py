@@ -31,7 +31,7 @@ def uncompressed(plan: Plan) -> Plan:
         facts = replace(vision.facts, encoder=replace(encoder, grid=grid), visual_grid=out)
         return replace(vision, grid=grid, facts=facts, stages=(), tokens=facts.visual_tokens, out_grid=out, barrier=0)
 
-    return replace(plan, vision=tuple(whole(v) for v in plan.vision), cuts=())
+    return replace(plan, vision=tuple(whole(v) for v in plan.vision), cuts=(), towers=())
 
 
 def compare_with_generate(model: Path, plan: Plan, cases: Sequence[Case], table: Tolerance) -> Iterator[Check]:
@@ -50,7 +50,7 @@ def compare_with_generate(model: Path, plan: Plan, cases: Sequence[Case], table:
         ids, group = expand_image_tokens(turn.ids, plan.facts.image_token, reference.visual_tokens(turn.pixels, turn.buckets))
         tokens, logits = _generate(reference, turn, ids, torch.from_numpy(group), steps)
         reference.reset()
-        found = reference.turn(turn.pixels, ids, group.astype(np.int64), forced=tokens, buckets=turn.buckets)
+        found = reference.turn(turn.pixels, ids, group.astype(np.int64), forced=tokens, buckets=turn.buckets, text=turn.text)
         yield compare_logits(f"{case.name}/logits", found.logits, logits, table)
 
 
@@ -86,7 +86,9 @@ def compare_with_recorded(model: Path, plan: Plan, cases: Sequence[Case], table:
         reference.reset()
         for number, turn in enumerate(case.turns, start=1):
             ids, group = expand_image_tokens(turn.ids, plan.facts.image_token, reference.visual_tokens(turn.pixels, turn.buckets))
-            found = reference.turn(turn.pixels, ids, group.astype(np.int64), forced=turn.expected.tokens, buckets=turn.buckets)
+            found = reference.turn(
+                turn.pixels, ids, group.astype(np.int64), forced=turn.expected.tokens, buckets=turn.buckets, text=turn.text
+            )
             checks = list(_same_turn(f"{case.name}/turn {number}", found, turn.expected, table))
             yield from checks
             if any(c.exceptions for c in checks):
@@ -125,11 +127,11 @@ def compare_half(model: Path, plan: Plan, case: Case, *, judged: bool) -> tuple[
     turn = case.turns[0]
     reference = Reference(model, plan)
     ids, group = expand_image_tokens(turn.ids, plan.facts.image_token, reference.visual_tokens(turn.pixels, turn.buckets))
-    exact = reference.turn(turn.pixels, ids, group.astype(np.int64), forced=turn.expected.tokens, buckets=turn.buckets)
+    exact = reference.turn(turn.pixels, ids, group.astype(np.int64), forced=turn.expected.tokens, buckets=turn.buckets, text=turn.text)
     lower = Reference(model, plan, dtype="float16")
     modules = {name: module for name, module in lower.model.whole.named_modules() if name}
     with RangeRecorder(modules) as recorder:
-        half = lower.turn(turn.pixels, ids, group.astype(np.int64), forced=turn.expected.tokens, buckets=turn.buckets)
+        half = lower.turn(turn.pixels, ids, group.astype(np.int64), forced=turn.expected.tokens, buckets=turn.buckets, text=turn.text)
     ranges = recorder.ranges()
     largest = ranges[0]
     over, near = [r for r in ranges if r.overflows], [r for r in ranges if r.near]

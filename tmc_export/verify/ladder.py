@@ -18,7 +18,7 @@ from tmc_export.core.errors import ModelError, ParityError
 from tmc_export.families._contract import ModelFiles
 from tmc_export.plan.describe import plan_json
 from tmc_export.plan.make import make_plan
-from tmc_export.plan.source import read_model_files
+from tmc_export.plan.source import fetch_source, read_model_files
 from tmc_export.plan.types import Plan
 from tmc_export.recipe.recipe import Recipe
 from tmc_export.runtime.session import load
@@ -110,7 +110,8 @@ def climb(bundle: Path, model: Path, progress: Progress = lambda _: None, steps:
         model: the checkpoint's folder.
         progress: called with the name of each rung before it runs.
         steps: tokens answered per turn.
-        recipe_folder: what relative paths of the recipe start from (learned weights, a device file); the working directory when None.
+        recipe_folder: what relative paths of the recipe start from (learned weights, text towers, a device file); the working directory
+            when None.
 
     Raises:
         BundleError: files are missing, changed or damaged.
@@ -164,12 +165,24 @@ def _check_learned(manifest: Manifest, recipe: Recipe) -> None:
             raise ModelError(f"{path} is not the file of learned weights that the bundle was made from (sha256); give that file's folder")
 
 
+def _check_towers(manifest: Manifest, recipe: Recipe) -> None:
+    """Find the text towers again, and make sure that they are the ones that were built in."""
+    for source, files in manifest.towers.items():
+        folder = fetch_source(recipe, source, "text tower", None, weights=True)
+        for name, digest in files.items():
+            if not (folder / name).is_file():
+                raise ModelError(f"{folder} lacks '{name}' of the text tower '{source}'; give the recipe's folder: --recipe-folder")
+            if hash_file(folder / name) != digest:
+                raise ModelError(f"{folder / name} is not the file of the text tower that the bundle was made from (sha256); give that one")
+
+
 def _plan(manifest: Manifest, model: Path, folder: Path | None) -> tuple[Plan, ModelFiles, str | None]:
     """Plan the bundle's recipe against the checkpoint again; the plan must be the one that was built."""
     recipe = Recipe.model_validate_json(json.dumps(manifest.recipe))
     if folder is not None:
         recipe = recipe.moved_to(folder)
     _check_learned(manifest, recipe)
+    _check_towers(manifest, recipe)
     files = read_model_files(model)
     plan, _ = make_plan(recipe, files)
     now, built = plan_json(plan), manifest.plan

@@ -45,16 +45,18 @@ def play(session: Session, cases: Iterable[Case], tolerance: Tolerance, precisio
         session.reset()
         ids: list[int] = []
         pixels: list[tuple[int, Array]] = []
+        questions: list[str] = []
         for number, turn in enumerate(case.turns):
             if session.program.turns == "recompute":
                 session.decoder.reset()
             else:
-                ids, pixels = [], []
+                ids, pixels, questions = [], [], []
             ids += turn.ids
             pixels += [(b, p[None].astype(session.program.dtype)) for b, p in zip(turn.buckets, turn.pixels, strict=True)]
+            questions += [turn.text] * len(turn.pixels)
             name = f"{case.name}/turn {number + 1}"
             try:
-                found = list(_play_turn(session, name, session.prompt(ids, pixels), turn, tolerance, precision, route))
+                found = list(_play_turn(session, name, session.prompt(ids, pixels, questions), turn, tolerance, precision, route))
             except KeyError as error:
                 found = [Check(name, None, False, f"the output {error} is missing")]
             checks += found

@@ -7,7 +7,7 @@ what they prove is that two paths compute the same, not that the answers are goo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,10 +36,14 @@ _QUESTIONS = ("What is in the picture?", "How many things are there?", "Which co
 
 @dataclass(frozen=True)
 class Script:
-    """A conversation before it is answered: per turn, the pictures with their buckets, and the text ids (one image token per picture)."""
+    """A conversation before it is answered: per turn, the pictures with their buckets, and the text ids (one image token per picture).
+
+    `texts` are the user's words of each turn, which text towers read; where left out, of every turn none.
+    """
 
     name: str
     turns: tuple[tuple[tuple[tuple[int, NDArray[np.float32]], ...], tuple[int, ...]], ...]
+    texts: tuple[str, ...] = ()
 
 
 class _Writer:
@@ -86,6 +90,10 @@ class _Writer:
                 return tuple(ids)
         return self.random(pictures, room)
 
+    def said(self, ids: Sequence[int]) -> str:
+        """The words of a turn, for text towers."""
+        return self.tokenizer.decode([i for i in ids if i != self.image]).strip()
+
     def random(self, pictures: int, room: int) -> tuple[int, ...]:
         """Random text around the pictures, `room` tokens long."""
         head = max(1, room // 3)
@@ -123,7 +131,7 @@ def made_up_scripts(
     if part >= 3 and plan.new_tokens >= 3:
         later = ((shown(1), writer.random(1, part)),) if plan.images > 1 else ()
         scripts.append(Script("turns", ((shown(1), writer.random(1, part)), *later, ((), writer.random(0, part)))))
-    return scripts
+    return [replace(s, texts=tuple(writer.said(ids) for _, ids in s.turns)) if plan.towers else s for s in scripts]
 
 
 def answer(reference: Reference, script: Script, plan: Plan, steps: int = STEPS) -> Case:
@@ -131,12 +139,13 @@ def answer(reference: Reference, script: Script, plan: Plan, steps: int = STEPS)
     reference.reset()
     turns: list[CaseTurn] = []
     share = max(1, min(steps, plan.new_tokens // len(script.turns)))
-    for pictures, ids in script.turns:
+    texts = script.texts or ("",) * len(script.turns)
+    for (pictures, ids), text in zip(script.turns, texts, strict=True):
         buckets, pixels = tuple(b for b, _ in pictures), tuple(p for _, p in pictures)
         carried = (turns[-1].expected.tokens[-1], *ids) if turns else ids
         expanded, group = expand_image_tokens(carried, plan.facts.image_token, reference.visual_tokens(pixels, buckets))
-        found = reference.turn(pixels, expanded, group.astype(np.int64), max_new_tokens=share, until_eos=False, buckets=buckets)
-        turns.append(CaseTurn(pixels, buckets, carried, found))
+        found = reference.turn(pixels, expanded, group.astype(np.int64), max_new_tokens=share, until_eos=False, buckets=buckets, text=text)
+        turns.append(CaseTurn(pixels, buckets, carried, found, text))
     return Case(script.name, tuple(turns))
 
 

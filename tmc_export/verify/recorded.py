@@ -38,12 +38,14 @@ class CaseTurn:
         buckets: per picture, the index of its bucket.
         ids: text ids, one image token per picture; from the second turn on beginning with the last token of the turn before.
         expected: what the reference answered; `blocks` is empty once it has been read back from a file.
+        text: the user's text, which text towers read.
     """
 
     pixels: tuple[NDArray[np.float32], ...]
     buckets: tuple[int, ...]
     ids: tuple[int, ...]
     expected: ReferenceTurn
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def write_case(folder: Path, case: Case) -> Path:
             if stage.scores is not None:
                 arrays[f"{number}.stage.{i}.scores"] = stage.scores
         stages = [{name: getattr(s, name) for name in _STAGE} for s in answer.stages]
-        meta.append({"buckets": list(turn.buckets), "stages": stages})
+        meta.append({"buckets": list(turn.buckets), "stages": stages, "text": turn.text})
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{case.name}.npz"
     with path.open("wb") as file:
@@ -117,4 +119,4 @@ def _turn(arrays: Mapping[str, Array], number: int, entry: Mapping[str, Any]) ->
         cache_rows=tuple(int(r) for r in arrays[f"{number}.cache_rows"]),
     )
     pixels = tuple(arrays[f"{number}.pixels.{i}"] for i in pictures)
-    return CaseTurn(pixels, buckets, tuple(int(t) for t in arrays[f"{number}.ids"]), answer)
+    return CaseTurn(pixels, buckets, tuple(int(t) for t in arrays[f"{number}.ids"]), answer, str(entry.get("text", "")))

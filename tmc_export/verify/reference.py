@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from tmc_export.core.errors import RuntimeInputError
+from tmc_export.graphs._contract import Need
 from tmc_export.plan.types import Plan, VisionPlan
 from tmc_export.verify._decode import Decoder, Watcher
 from tmc_export.verify._learned import MethodWeights
 from tmc_export.verify._positions import rotary_positions
 from tmc_export.verify._see import Seen, see
+from tmc_export.verify._text_towers import TextTowers
 from tmc_export.verify._towers import ReferenceModel, load_model
 from tmc_export.verify._trace import BlockTrace, ReferenceTurn, StageTrace
 from tmc_export.verify.tolerances import margin_bound, precision_of
@@ -69,6 +71,7 @@ class Reference:
         self.model = load_model(Path(model_folder), self.dtype) if loaded is None else loaded
         self.noise = margin_bound(precision_of(plan))
         self._learned = MethodWeights(self.dtype)
+        self._texts = TextTowers(plan, self.dtype)
         self._decoder = Decoder(self.model, plan, self.noise, trace, self._learned)
         self.reset()
 
@@ -97,6 +100,7 @@ class Reference:
         forced: Sequence[int] | None = None,
         until_eos: bool = True,
         buckets: Sequence[int] | None = None,
+        text: str = "",
     ) -> ReferenceTurn:
         """Answer one turn greedily, or along `forced`.
 
@@ -110,6 +114,7 @@ class Reference:
             forced: take these as the answer instead of the most likely ones (teacher forcing); `max_new_tokens` is then not read.
             until_eos: stop at an end token; without it, `max_new_tokens` are answered in any case.
             buckets: index of each picture's bucket; found by its shape when left out.
+            text: what the user says in this turn, which text towers read when it brings pictures.
 
         Raises:
             RuntimeInputError: the ids, groups and pictures do not belong together.
@@ -118,7 +123,9 @@ class Reference:
         plans = self.buckets(pixels, buckets)
         inputs = [torch.from_numpy(p)[None].to(self.dtype) for p in pixels]
         pairs = enumerate(zip(plans, inputs, strict=True), start=1)
-        seen = [see(self.model.tower, v, p, i, self.noise, self._learned) for i, (v, p) in pairs]
+        embedded = self._texts.of(text) if inputs else {}
+        asked: dict[Need, Tensor] = {need: embedded[tower.index] for need, tower in self._texts.needs.items()} if inputs else {}
+        seen = [see(self.model.tower, v, p, i, self.noise, self._learned, asked) for i, (v, p) in pairs]
         ids, groups = torch.from_numpy(np.asarray(input_ids, np.int64)), torch.from_numpy(np.asarray(group, np.int64))
         _check(ids, groups, seen)
         shown, shown_plans = list(seen), list(plans)
@@ -136,9 +143,9 @@ class Reference:
             rotary = torch.from_numpy(np.asarray(positions, np.int64)), int(np.max(positions)) + 1
         ends = self.model.eos if until_eos and forced is None else ()
         logits, answer, prompt = self._answer(ids, groups, shown, rotary, max_new_tokens if forced is None else len(forced), forced, ends)
-        text = torch.zeros(max(len(answer) - 1, 0), dtype=torch.int64)
+        said = torch.zeros(max(len(answer) - 1, 0), dtype=torch.int64)
         self._history = _History(
-            torch.cat([ids, torch.tensor(answer[:-1], dtype=torch.int64)]), torch.cat([groups, text]), shown, shown_plans
+            torch.cat([ids, torch.tensor(answer[:-1], dtype=torch.int64)]), torch.cat([groups, said]), shown, shown_plans
         )
         return ReferenceTurn(
             tokens=tuple(answer),
@@ -148,6 +155,7 @@ class Reference:
             blocks=tuple(decoder.blocks),
             cache_rows=tuple(int(o.shape[0]) for o in decoder.cache.orders),
             positions=prompt,
+            texts={index: value[0].float().numpy() for index, value in embedded.items()},
         )
 
     def buckets(self, pixels: Sequence[NDArray[np.float32]], chosen: Sequence[int] | None = None) -> list[VisionPlan]:
@@ -189,6 +197,7 @@ class Reference:
             source[group == number] = picture.source[0]
         decoder.turn_visual = torch.arange(decoder.places, decoder.places + ids.shape[0])[group > 0]
         decoder.turn_states = {(e, n): s for n, picture in enumerate(pictures, start=1) for e, s in picture.states.items()}
+        decoder.turn_texts = {n: picture.texts for n, picture in enumerate(pictures, start=1)}
         positions, following = (None, None) if rotary is None else rotary
         logits = [decoder.feed(hidden, positions, group, source, select=True, following=following)]
         prompt = decoder.positions.numpy().copy()

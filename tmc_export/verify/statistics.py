@@ -23,6 +23,7 @@ from tmc_export.graphs._fitting import Visit
 from tmc_export.plan.types import Plan
 from tmc_export.runtime._chat import ChatTemplate, expand_image_tokens, place_images
 from tmc_export.runtime._images import choose_bucket, load_image, prepare
+from tmc_export.runtime._text_tower import question_of
 from tmc_export.runtime._tokenizer import Tokenizer
 from tmc_export.verify._decode import Watcher
 from tmc_export.verify._rows import LayerMap, picked_rows
@@ -45,11 +46,12 @@ class Question:
 
 @dataclass(frozen=True)
 class _Asked:
-    """A prompt prepared: the picture with its bucket, and ids with one image token."""
+    """A prompt prepared: the picture with its bucket, ids with one image token, and the question, which text towers read."""
 
     pixels: NDArray[np.float32]
     bucket: int
     ids: tuple[int, ...]
+    text: str
 
 
 class Calibration:
@@ -124,7 +126,7 @@ class Calibration:
         self._reference.reset()
         counts = self._reference.visual_tokens([asked.pixels], [asked.bucket])
         ids, group = expand_image_tokens(asked.ids, self.plan.facts.image_token, counts)
-        turn = self._reference.turn([asked.pixels], ids, group.astype(np.int64), max_new_tokens=1, buckets=[asked.bucket])
+        turn = self._reference.turn([asked.pixels], ids, group.astype(np.int64), max_new_tokens=1, buckets=[asked.bucket], text=asked.text)
         logits: NDArray[np.float32] = turn.logits[0]
         return logits
 
@@ -166,5 +168,5 @@ def _prepare(folder: Path, plan: Plan, files: ModelFiles, fit: str | None, quest
                 f"the question {question.text!r} makes a prompt with {ids.count(plan.facts.image_token)} image placeholders; write "
                 f"questions without {text}: each gets 1 picture"
             )
-        found.append(_Asked(prepare(picture, rules[bucket]), bucket, ids))
+        found.append(_Asked(prepare(picture, rules[bucket]), bucket, ids, question_of(question.text, text)))
     return found

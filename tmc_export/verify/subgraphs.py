@@ -18,6 +18,7 @@ from tmc_export.bundle.program import BlockProgram, CutProgram, GraphPhase, Prog
 from tmc_export.runtime._backend import Backend, BackendOptions, open_backend
 from tmc_export.runtime._barrier import since_of
 from tmc_export.runtime._chat import expand_image_tokens
+from tmc_export.runtime._text_tower import TextTowers
 from tmc_export.verify._states import compare_states, entering_state
 from tmc_export.verify._trace import BlockTrace
 from tmc_export.verify.compare import Check, compare_indices, compare_tensor
@@ -43,13 +44,15 @@ def check_subgraphs(bundle: Path, program: Program, cases: Sequence[Case], toler
         tolerance: for tensors.
         precision: row of the margin table.
     """
-    runner = _Runner(program, open_backend("onnxruntime", bundle, BackendOptions(int4_accuracy=1)), tolerance, precision)
+    runner = _Runner(bundle, program, open_backend("onnxruntime", bundle, BackendOptions(int4_accuracy=1)), tolerance, precision)
     for case in cases:
         turn = case.turns[0]
         if len(turn.expected.blocks) != len(program.blocks):
             traced, wanted = len(turn.expected.blocks), len(program.blocks)
             yield Check(case.name, None, False, f"the reference traced {traced} blocks, the bundle has {wanted}; its plan is another")
             continue
+        if turn.pixels:
+            yield from runner.towers(case.name, turn)
         yield from runner.vision(case.name, turn)
         yield from runner.embed(case.name, turn)
         for index, block in enumerate(program.blocks):
@@ -60,18 +63,35 @@ def check_subgraphs(bundle: Path, program: Program, cases: Sequence[Case], toler
 
 
 class _Runner:
-    def __init__(self, program: Program, backend: Backend, tolerance: Tolerance, precision: str) -> None:
+    def __init__(self, bundle: Path, program: Program, backend: Backend, tolerance: Tolerance, precision: str) -> None:
         self.program, self.backend, self.tolerance, self.precision = program, backend, tolerance, precision
+        self.texts = TextTowers(program.towers, bundle, backend)
 
     def _float(self, array: Array) -> Array:
         return np.ascontiguousarray(array, dtype=self.program.dtype)
 
-    # ------------------------------------------------------------------------------------------------------- vision, embed
+    # ----------------------------------------------------------------------------------------------- towers, vision, embed
+    def towers(self, name: str, turn: CaseTurn) -> Iterator[Check]:
+        """A question → what every text tower makes of it."""
+        for index, spec in enumerate(self.program.towers):
+            out = self.backend.graph(spec.file).run({"ids": self.texts.ids(index, turn.text)})
+            got = out["embedding"][0] if "embedding" in out else None
+            yield compare_tensor(f"{name}/text tower {index}", got, turn.expected.texts[index], self.tolerance, spec.file)
+
+    def _texts(self, turn: CaseTurn, towers: Sequence[int], rows: int) -> dict[str, Array]:
+        """What text towers bring: the question's embedding for the turn's pictures, zeros for missing ones."""
+        found: dict[str, Array] = {}
+        for index in towers:
+            filled = np.zeros((rows, self.program.towers[index].width), np.float32)
+            filled[: min(rows, len(turn.pixels))] = turn.expected.texts[index]
+            found[f"text.{index}"] = self._float(filled)
+        return found
+
     def vision(self, name: str, turn: CaseTurn) -> Iterator[Check]:
         """Pixels → tokens and sources, picture by picture."""
         for picture, pixels in enumerate(turn.pixels):
             spec = self.program.vision[turn.buckets[picture]]
-            out = self.backend.graph(spec.file).run({"pixels": self._float(pixels[None])})
+            out = self.backend.graph(spec.file).run({"pixels": self._float(pixels[None]), **self._texts(turn, spec.towers, 1)})
             label, ties = f"{name}/picture {picture + 1}", False
             wanted = [s for s in turn.expected.stages if s.picture == picture + 1 and not s.at.startswith("decoder")]
             for number, stage in enumerate(wanted):
@@ -160,6 +180,7 @@ class _Runner:
         hidden, positions, order, group = self._arriving(turn, arriving)
         feed = self._cut_feed(cut, arriving, hidden, positions, order, group)
         feed |= {s.input: entering_state(s, cut.layer, turn.expected.stages) for s in cut.entering}
+        feed |= self._texts(turn, cut.towers, self.program.images)
         out = self.backend.graph(cut.file).run(feed)
         ties = False
         label = f"{name}/cut before block {cut.before_block}"
