@@ -74,12 +74,13 @@ class TextEmbeds(Need):
 
 @dataclass(frozen=True)
 class TextTower(Need):
-    """What a text encoder of its own makes of the question: its projected embedding `[b, width]`.
+    """What a text encoder of its own makes of the question: its projected embedding `[b, width]`, not normalised.
 
-    The encoder is a subgraph of the bundle with a tokenizer of its own.
+    The question is the text of the message that brought the picture, without image placeholders and chat template. The encoder is a
+    subgraph of the bundle with a tokenizer of its own, and runs once a turn. At any site but `input`, with `scope: image`.
 
     Attributes:
-        source: hub id or folder (relative to the recipe) of a CLIP or SigLIP checkpoint.
+        source: hub id or folder (relative to the recipe) of a CLIP checkpoint; SigLIP's are not built.
         width: channels of the embedding.
     """
 
