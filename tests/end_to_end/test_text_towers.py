@@ -21,6 +21,7 @@ from tmc_export.core.errors import ModelError, RuntimeInputError  # noqa: E402
 from tmc_export.plan.make import make_plan  # noqa: E402
 from tmc_export.plan.source import read_model_files  # noqa: E402
 from tmc_export.recipe import load_recipe  # noqa: E402
+from tmc_export.report.inspect import describe, render  # noqa: E402
 from tmc_export.runtime._chat import expand_image_tokens  # noqa: E402
 from tmc_export.runtime._text_tower import TextTowers, tower_ids  # noqa: E402
 from tmc_export.runtime._tokenizer import Tokenizer  # noqa: E402
@@ -65,6 +66,7 @@ def test_trim_climbs_the_ladder(trim: Path, folder: Path) -> None:
     assert (tower.file, tower.folder, tower.tokens, tower.width) == ("onnx/text_tower_0.onnx", "towers/0", 16, WIDTH)
     assert manifest.program.vision[0].towers == (0,) and manifest.program.vision[0].tokens == 50  # 49 of 196, and the mean
     assert {"towers/0/tokenizer.json", "towers/0/config.json", "onnx/text_tower_0.data"} <= set(manifest.files)
+    assert "text tower onnx/text_tower_0.onnx: a question of 16 tokens -> 24 channels" in render(describe(trim))
     ladder = climb(trim, MODEL, steps=2, recipe_folder=folder)
     assert ladder.passed, ladder.text()
     checked = [c for r in ladder.rungs for c in r.checks if c.subgraph == tower.file]

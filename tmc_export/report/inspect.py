@@ -40,6 +40,7 @@ def describe(folder: str | Path, *, operators: bool = False) -> dict[str, JsonVa
         "dtype": program.dtype,
         "images": program.images,
         "visual_tokens": [v.tokens for v in program.vision],
+        "text_towers": [{"file": t.file, "tokens": t.tokens, "width": t.width} for t in program.towers],
         "blocks": [
             {
                 "layers": [b.first, b.last],
@@ -79,6 +80,8 @@ def _graph(path: Path) -> dict[str, JsonValue]:
 def render(found: dict[str, Any]) -> str:
     """Return `describe`'s result as text."""
     lines = [f"{found['name']}: {found['dtype']}, up to {found['images']} picture(s), visual tokens {found['visual_tokens']}"]
+    for tower in found["text_towers"]:
+        lines.append(f"  text tower {tower['file']}: a question of {tower['tokens']} tokens -> {tower['width']} channels")
     for block in found["blocks"]:
         lines.append(
             f"  block, layers {block['layers'][0]}..{block['layers'][1] - 1}: "
