@@ -1,7 +1,7 @@
 """Every shipped tiny-llava recipe, built and compared with the eager reference.
 
     python benchmarks/methods.py
-    python benchmarks/methods.py --only fastv visionzip
+    python benchmarks/methods.py --only fastv visionzip [--add]
 
 A build records what the independent PyTorch reference answers to made-up conversations (greedy tokens, logits at every step, kept sets) and
 plays them through the finished bundle, whole and chunked; a difference ends the build. A row is one recipe: the tokens of a picture before
@@ -11,6 +11,7 @@ and after, and the verdict. Writes results/methods.json, which docs/methods.md q
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 import tempfile
@@ -59,13 +60,19 @@ def main() -> int:
     """Prove the recipes; the exit code is 1 when one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], help="recipes of these methods; nothing is written")
-    only = parser.parse_args().only
-    rows = []
+    parser.add_argument("--add", action="store_true", help="with --only: the new rows take their places among the written ones")
+    arguments = parser.parse_args()
+    only, rows = arguments.only, []
     with tempfile.TemporaryDirectory(prefix="tmc-methods-") as folder:
         for recipe in recipes(only):
             rows.append(prove(recipe, Path(folder)))
             print(f"{rows[-1]['what']}: {rows[-1]['figure']}", flush=True)
-    if not only:
+    if arguments.add:
+        shipped, new = {p.stem for p in recipes([])}, {row["recipe"] for row in rows}
+        old = json.loads((REPOSITORY / "benchmarks" / "results" / "methods.json").read_text("utf-8"))["rows"]
+        kept = [row for row in old if row["recipe"] in shipped - new]
+        rows = sorted([*kept, *rows], key=lambda row: str(row["recipe"]))
+    if arguments.add or not only:
         what = "Every shipped recipe of tiny-llava: built, and compared with the eager reference token for token."
         save("methods", {"what": what, "rows": rows})
     return 0 if all(row["ok"] for row in rows) else 1
