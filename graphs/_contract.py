@@ -196,6 +196,8 @@ class Layout:
             `inputs.images: 1` and no cut in the decoder; 0: nothing is hidden.
         entry_tokens: candidates that arrived at the first cut of the recipe entry, for methods that budget against them (PyramidDrop);
             such a method's own `layout` sets it at its first stage and reads it at the later ones; every other layout leaves None.
+        synthetic: tokens of a decoder site that no layer has seen (source -1); a plan refuses stages behind them, at the same cut, that
+            ask for attention or name KV rows.
     """
 
     segments: tuple[Segment, ...]
@@ -204,6 +206,7 @@ class Layout:
     kv_rows: Mapping[int, int] = field(default_factory=dict)
     entry_tokens: int | None = None
     barrier: int = 0
+    synthetic: int = 0
 
     @property
     def tokens(self) -> int:

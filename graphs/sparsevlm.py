@@ -151,7 +151,7 @@ class SparseVLM(Method):
         k = kept_of(config.budgets[stage.index - 1], layout.tokens, stage.at)
         clusters = _recycled(layout.tokens - k, config)[1]
         segments = (Segment("visual", k), Segment("visual", clusters)) if clusters else (Segment("visual", k),)
-        return Layout(segments, layout.width, "truncate" if config.version == 1 else "keep")
+        return Layout(segments, layout.width, "truncate" if config.version == 1 else "keep", synthetic=clusters)
 
     @staticmethod
     def apply(stage: Stage, tokens: Tensor, context: Context, config: SparseVLM.Config) -> Compressed:

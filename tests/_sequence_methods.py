@@ -48,7 +48,7 @@ class Mean(Method):
     @staticmethod
     def layout(stage: Stage, layout: Layout, config: Mean.Config, facts: ModelFacts) -> Layout:
         rows = {layer: config.keep for layer in range(stage.at.layer or 0)} if config.kv else {}
-        return Layout((Segment("visual", config.keep + config.made),), layout.width, config.positions, rows)
+        return Layout((Segment("visual", config.keep + config.made),), layout.width, config.positions, rows, synthetic=config.made)
 
     @staticmethod
     def apply(stage: Stage, tokens: Tensor, context: Context, config: Mean.Config) -> Compressed:

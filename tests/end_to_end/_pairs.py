@@ -119,6 +119,9 @@ _RULES: tuple[tuple[str, str, str, str], ...] = (
     ("gets 0 visual tokens: an earlier stage left none", "tokencarve", "vtw", "second"),
     ("gets 0 visual tokens: an earlier stage left none", "victor", "vtw", "second"),
     ("gets 0 visual tokens: an earlier stage left none", "vtw", "vtw", "second"),
+    # attention on tokens made at the same cut
+    ("which no layer has seen", "pyramiddrop", "sparsevlm", "second"),
+    ("which no layer has seen", "sparsevlm", "sparsevlm", "second"),
     # one projector, one block of KV rows, one barrier
     ("replaces the projector already", "ldp_v2", "ldp_v2", "second"),
     ("prunes the KV of layers 0 to 1", "tokencarve", "pyramiddrop sparsevlm", "either"),

@@ -131,6 +131,8 @@ def wrong_layout(example: Example, batch: int = 2) -> list[str]:
     rising = (place[:, 1:] > place[:, :-1]) | (out.source[:, 1:] < 0)
     if stage.at.part == "decoder" and not bool(rising.all()):
         found.append("source: not ascending at a decoder site")
+    if stage.at.part == "decoder" and int((out.source < 0).sum(1).max()) != layout.synthetic:
+        found.append(f"source: {int((out.source < 0).sum(1).max())} synthetic tokens, layout.synthetic says {layout.synthetic}")
     if out.mix is not None and not found:
         found += close("mix @ tokens", (out.mix @ tokens).numpy(), out.tokens.numpy())
     grid = layout.grid

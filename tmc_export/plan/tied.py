@@ -1,13 +1,15 @@
-"""Stages that know tokens one by one from an earlier stage of their entry: no other entry may change the tokens in between."""
+"""What stages must find: the tokens that their entry's earlier stage left, and tokens that a decoder layer has seen."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tmc_export.graphs._contract import Stage
-from tmc_export.plan.types import StagePlan
+from tmc_export.core.errors import LegalityError
+from tmc_export.graphs._contract import Attention, Stage
+from tmc_export.plan.types import Plan, StagePlan
+from tmc_export.recipe import Recipe
 
-__all__ = ["broken_tie"]
+__all__ = ["broken_tie", "check_unseen"]
 
 
 def broken_tie(stage: Stage, entry: int, run: Sequence[StagePlan]) -> str | None:
@@ -38,3 +40,21 @@ def broken_tie(stage: Stage, entry: int, run: Sequence[StagePlan]) -> str | None
 def _changes(stage: StagePlan) -> bool:
     """A look, which keeps everything, changes nothing."""
     return stage.before.segments != stage.after.segments or stage.stage.at.point == "replace"
+
+
+def check_unseen(recipe: Recipe, plan: Plan) -> None:
+    """Refuse scores and KV rows of tokens that a stage of the same cut made.
+
+    Raises:
+        LegalityError: at the line of the stage that asks.
+    """
+    for cut in plan.cuts:
+        for number, stage in enumerate(cut.stages):
+            made = next((s for s in reversed(cut.stages[:number]) if s.after.synthetic), None)
+            if made is not None and (stage.after.kv_rows or any(isinstance(n, Attention) for n in stage.stage.needs)):
+                wants = "names KV rows" if stage.after.kv_rows else "asks for attention"
+                raise LegalityError(
+                    f"{recipe.origin(('compress', stage.entry, 'at'))}: method '{stage.method}' at {stage.stage.at} {wants}, and "
+                    f"'{made.method}' made {made.after.synthetic} tokens at the same cut, which no layer has seen; put '{stage.method}' "
+                    "first, or at another layer"
+                )
