@@ -314,6 +314,8 @@ class Decoder:
         joint = stage.scope == "joint"
         pictures = [0] if joint else sorted({int(g) for g in tokens.group if g > 0})
         pieces = [tokens.take(torch.nonzero(tokens.group == 0)[:, 0])]
+        for layer in stage.after.kv_rows:
+            cut.kv.pop(layer, None)  # what a stage before it at this cut named is named anew
         for picture in pictures:
             rows = torch.nonzero(tokens.group > 0 if joint else tokens.group == picture)[:, 0]
             left, text = self._one(stage, tokens, rows, picture, cut)
