@@ -119,7 +119,10 @@ _RULES: tuple[tuple[str, str, str, str], ...] = (
     ("gets 0 visual tokens: an earlier stage left none", "tokencarve", "vtw", "second"),
     ("gets 0 visual tokens: an earlier stage left none", "victor", "vtw", "second"),
     ("gets 0 visual tokens: an earlier stage left none", "vtw", "vtw", "second"),
-    # attention on tokens made at the same cut
+    # attention and keys of other tokens: from before a cut of the encoder, or on tokens made at the same cut
+    ("asks for what an encoder layer computed", "adafv", "tome", "either"),
+    ("asks for what an encoder layer computed", "visionzip", "tome", "either"),
+    ("asks for what an encoder layer computed", "tome", "tome", "second"),
     ("which no layer has seen", "pyramiddrop", "sparsevlm", "second"),
     ("which no layer has seen", "sparsevlm", "sparsevlm", "second"),
     # one projector, one block of KV rows, one barrier

@@ -16,7 +16,7 @@ from tmc_export.graphs._contract import Attention, Features, Keys, Need, TextEmb
 from tmc_export.plan._weights import LINEARS
 from tmc_export.plan.memory import Room, build_memory, built_on_device, gib, run_memory, tight_helps
 from tmc_export.plan.states import leaving_vision
-from tmc_export.plan.tied import check_unseen
+from tmc_export.plan.tied import check_seen, check_unseen
 from tmc_export.plan.types import CutPlan, Plan, QuantizePlan, StagePlan
 from tmc_export.recipe import Device, Recipe
 
@@ -167,6 +167,7 @@ def check_plan(recipe: Recipe, plan: Plan) -> None:
             _check_sequence(recipe, plan, stage)
             _check_kv(recipe, plan, cut, stage)
     _check_states(recipe, plan)
+    check_seen(recipe, plan)
     check_unseen(recipe, plan)
     _check_keep(recipe, plan)
     replacing = next((v.replacing for v in plan.vision if v.replacing is not None), None)
