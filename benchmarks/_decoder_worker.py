@@ -2,7 +2,7 @@
 
     python -m benchmarks._decoder_worker BUNDLE --prefills 3 --tokens 32 --accuracy 4
 
-Prints one JSON object: `load_ms`, `prefill_ms` and `token_ms` (every run), `prompt_tokens`, `peak_rss_mib`. Imports no torch.
+Prints one JSON object: `prefill_ms` and `token_ms` (every run), `prompt_tokens`, `peak_rss_mib`. Imports no torch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +27,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=0)
     parser.add_argument("--accuracy", type=int, default=4)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--small-pages", action="store_true", help="leave the weights in the pages that they come in")
     options = parser.parse_args()
     program = open_manifest(options.bundle).program
-    how = replace(options_for(program, options.threads, options.accuracy), huge_pages=not options.small_pages)
-    decoder = Decoder(program, open_backend("onnxruntime", options.bundle, how))
-    began = time.perf_counter()
+    backend = open_backend("onnxruntime", options.bundle, options_for(program, options.threads, options.accuracy))
+    decoder = Decoder(program, backend)
     decoder.graphs()
-    load = (time.perf_counter() - began) * 1e3
     first = program.cut_before(0)
     count = program.blocks[0].tokens if first is None else first.tokens_in
     visual = program.vision[0].tokens
@@ -62,8 +58,7 @@ def main() -> None:
         raise SystemExit("the runtime imported torch")
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text("ascii").splitlines())
     peak = int(status["VmHWM"].split()[0]) / 1024
-    times = {"load_ms": [load], "prefill_ms": prefill, "token_ms": token}
-    print(json.dumps({**times, "prompt_tokens": count, "visual_tokens": visual, "peak_rss_mib": peak}))
+    print(json.dumps({"prefill_ms": prefill, "token_ms": token, "prompt_tokens": count, "visual_tokens": visual, "peak_rss_mib": peak}))
 
 
 if __name__ == "__main__":

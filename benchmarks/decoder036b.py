@@ -76,13 +76,10 @@ def build(base: Path, name: str, compress: list[dict[str, Any]], **changes: Any)
     return out
 
 
-def measure(
-    bundle: Path, prefills: int, tokens: int = 0, accuracy: int = 4, threads: int | None = None, small_pages: bool = False
-) -> dict[str, Any]:
+def measure(bundle: Path, prefills: int, tokens: int = 0, accuracy: int = 4, threads: int | None = None) -> dict[str, Any]:
     """Time a bundle's decoder once."""
     flags = ["--prefills", str(prefills), "--tokens", str(tokens), "--accuracy", str(accuracy)]
     flags += [] if threads is None else ["--threads", str(threads)]
-    flags += ["--small-pages"] if small_pages else []
     return run_json([sys.executable, "-m", "benchmarks._decoder_worker", str(bundle), *flags])
 
 

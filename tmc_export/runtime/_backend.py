@@ -58,7 +58,6 @@ class BackendOptions:
         memory_tight: keep one copy of the weights, mapped from the file, instead of a packed copy per phase; slower.
         spin: a graph's threads wait for its next run awake. Faster where one graph follows itself, as decode steps of a single block do;
             where others take turns with it, they would find the cores taken: 20 % of a compressed prefill.
-        huge_pages: packed weights are put into huge pages where Linux gives them on request; decoding is faster, loading slower.
 
     Raises:
         RuntimeInputError: another accuracy, or no thread.
@@ -68,7 +67,6 @@ class BackendOptions:
     int4_accuracy: int = 4
     memory_tight: bool = False
     spin: bool = False
-    huge_pages: bool = True
 
     def __post_init__(self) -> None:
         if self.int4_accuracy not in (1, 4):

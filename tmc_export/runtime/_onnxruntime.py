@@ -13,7 +13,6 @@ import onnxruntime as ort
 from tmc_export.bundle.read import path_in
 from tmc_export.core.errors import BundleError, ResourceError
 from tmc_export.runtime._backend import BackendOptions
-from tmc_export.runtime._huge_pages import huge_pages
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -141,8 +140,7 @@ class OnnxRuntimeBackend:
                 options.add_session_config_entry("session.disable_prepacking", "1")
             path = path_in(self._folder, file)
             try:
-                with huge_pages(self._options.huge_pages):
-                    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+                session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
             except MemoryError as error:
                 raise ResourceError(f"not enough memory to load {path}; free memory or compress and quantize more") from error
             except Exception as error:  # onnxruntime raises classes of its own C++ module that share no documented base
