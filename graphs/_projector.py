@@ -12,8 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from tmc_export.core.facts import ModelFacts
-from tmc_export.graphs._checks import need_site
 from tmc_export.graphs._contract import Context, Shape, Site
 
 if TYPE_CHECKING:
@@ -30,7 +28,6 @@ __all__ = [
     "layer_norm",
     "masked",
     "need_blocks",
-    "need_projector",
     "norm_shapes",
     "pooled_valid",
     "rms_norm",
@@ -44,17 +41,6 @@ Weights = Mapping[str, "Tensor"]
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
-def need_projector(method: str, at: Site, facts: ModelFacts) -> None:
-    """Raise `ValueError` unless `at` is `projector.replace` and the encoder hands its patches in raster order."""
-    need_site(method, at, "projector.replace")
-    side = facts.encoder.merge
-    if side > 1:
-        raise ValueError(
-            f"{method} at {at} needs patches in raster order, and the encoder of {facts.architecture} hands them in blocks of "
-            f"{side}x{side} that its own projector joins; keep that projector and use a method at: projector"
-        )
-
-
 def need_blocks(option: str, side: int, grid: Grid, at: Site) -> None:
     """Raise `ValueError` unless the raster divides into blocks of `side` x `side`."""
     if any(length % side for length in grid):

@@ -32,16 +32,18 @@ if TYPE_CHECKING:
 
 __all__ = ["FACTS", "arriving_layout", "context_for", "contexts", "layouts", "small_facts"]
 
-_TEXT_TOKENS = 9
+_TEXT_TOKENS, _TEXT_PADDING = 9, 2
 _HEADS = 4
 
 
 def small_facts(grid: tuple[int, int] = (8, 8), class_tokens: int = 1, width: int = 96) -> ModelFacts:
-    """Return the facts of a small made-up model: 4 encoder layers, 28 decoder layers, patches of 4 pixels."""
+    """Return the facts of a small made-up model: 4 encoder layers in use and one to spare, 28 decoder layers, patches of 4 pixels."""
     return ModelFacts(
         family="synthetic",
         architecture="SyntheticForConditionalGeneration",
-        encoder=EncoderFacts(layers=4, width=32, heads=_HEADS, intermediate=64, patch=4, class_tokens=class_tokens, merge=1, grid=grid),
+        encoder=EncoderFacts(
+            layers=4, width=32, heads=_HEADS, intermediate=64, patch=4, class_tokens=class_tokens, merge=1, grid=grid, spare=1
+        ),
         decoder=DecoderFacts(
             layers=28,
             width=width,
@@ -112,7 +114,7 @@ def _context(stage: Stage, b: int, layout: Layout, facts: ModelFacts, draw: Gene
         source=source,
         positions=positions,
         text=torch.randn(b, _TEXT_TOKENS, facts.decoder.width, generator=draw) if text else None,
-        text_valid=torch.ones(b, _TEXT_TOKENS, dtype=torch.bool) if text or rows else None,
+        text_valid=(torch.arange(_TEXT_TOKENS) < _TEXT_TOKENS - _TEXT_PADDING).expand(b, -1).contiguous() if text or rows else None,
         captured={need: _captured(need, b, n, layout, facts, draw) for need in stage.needs},
         weights=weights,
     )

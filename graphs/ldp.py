@@ -9,9 +9,9 @@ from pydantic import Field
 
 from tmc_export.core.facts import ModelFacts
 from tmc_export.graphs import register
-from tmc_export.graphs._checks import need_grid
+from tmc_export.graphs._checks import need_grid, need_site
 from tmc_export.graphs._contract import Compressed, Context, Layout, Method, MethodConfig, Sample, Segment, Shape, Site, Stage
-from tmc_export.graphs._projector import conv_shapes, dense_shapes, need_projector, norm_shapes
+from tmc_export.graphs._projector import conv_shapes, dense_shapes, norm_shapes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,7 +73,7 @@ class Ldp(Method):
     @staticmethod
     def stages(at: Site, config: Ldp.Config, facts: ModelFacts) -> tuple[Stage, ...]:
         """One cut, in the projector's place."""
-        need_projector("ldp", at, facts)
+        need_site("ldp", at, "projector.replace")
         return (Stage(at),)
 
     @staticmethod

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from tmc_export.core.facts import ModelFacts
 from tmc_export.graphs import register
-from tmc_export.graphs._checks import need_grid
+from tmc_export.graphs._checks import need_grid, need_site
 from tmc_export.graphs._contract import Compressed, Context, Layout, Method, MethodConfig, Sample, Segment, Shape, Site, Stage
-from tmc_export.graphs._projector import conv_shapes, dense_shapes, need_projector
+from tmc_export.graphs._projector import conv_shapes, dense_shapes
 from tmc_export.graphs._raster import need_inside
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class LdpV2(Method):
     @staticmethod
     def stages(at: Site, config: LdpV2.Config, facts: ModelFacts) -> tuple[Stage, ...]:
         """One cut, in the projector's place."""
-        need_projector("ldp_v2", at, facts)
+        need_site("ldp_v2", at, "projector.replace")
         return (Stage(at),)
 
     @staticmethod

@@ -9,9 +9,9 @@ from pydantic import Field
 
 from tmc_export.core.facts import ModelFacts
 from tmc_export.graphs import register
-from tmc_export.graphs._checks import need_grid
+from tmc_export.graphs._checks import need_grid, need_site
 from tmc_export.graphs._contract import Compressed, Context, Layout, Method, MethodConfig, Sample, Segment, Shape, Site, Stage
-from tmc_export.graphs._projector import dense_shapes, need_blocks, need_projector, norm_shapes
+from tmc_export.graphs._projector import dense_shapes, need_blocks, norm_shapes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,8 +40,8 @@ class PatchMerger(Method):
     >>> tuple(tokens.shape), tuple(PatchMerger.apply(stage, tokens, context, config).tokens.shape)
     ((1, 64, 32), (1, 16, 96))
 
-    Limits: needs a raster whose sides the block divides. The Qwen families have this merger already and are refused here. A token with
-    padding in it is padding.
+    Limits: needs a raster whose sides the block divides. The Qwen families have this merger already; with their own weights it changes
+    nothing there. A token with padding in it is padding.
 
     Where the official code differs: its processor cuts the picture into patches block by block, so that the merger takes four patches that
     follow each other; here the raster is put into that order first. Qwen2.5-VL also groups blocks into windows before its encoder and
@@ -73,7 +73,7 @@ class PatchMerger(Method):
     @staticmethod
     def stages(at: Site, config: PatchMerger.Config, facts: ModelFacts) -> tuple[Stage, ...]:
         """One cut, in the projector's place."""
-        need_projector("patch_merger", at, facts)
+        need_site("patch_merger", at, "projector.replace")
         return (Stage(at),)
 
     @staticmethod

@@ -9,9 +9,9 @@ from pydantic import Field
 
 from tmc_export.core.facts import ModelFacts
 from tmc_export.graphs import register
-from tmc_export.graphs._checks import need_grid
+from tmc_export.graphs._checks import need_grid, need_site
 from tmc_export.graphs._contract import Compressed, Context, Layout, Method, MethodConfig, Sample, Segment, Shape, Site, Stage
-from tmc_export.graphs._projector import dense_shapes, need_blocks, need_projector, norm_shapes
+from tmc_export.graphs._projector import dense_shapes, need_blocks, norm_shapes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,7 +81,7 @@ class PixelUnshuffle(Method):
     @staticmethod
     def stages(at: Site, config: PixelUnshuffle.Config, facts: ModelFacts) -> tuple[Stage, ...]:
         """One cut, in the projector's place."""
-        need_projector("pixel_unshuffle", at, facts)
+        need_site("pixel_unshuffle", at, "projector.replace")
         return (Stage(at),)
 
     @staticmethod

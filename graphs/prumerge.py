@@ -87,8 +87,8 @@ class PruMerge(Method):
     budgets = "share of outliers; evenly spaced patches not yet kept"
 
     samples = (
-        Sample("encoder", {"keep": 9, "neighbours": 7, "scores": "previous"}),
-        Sample("encoder", {"keep": 11, "plus": "distinct", "step": 4, "scores": "previous"}),
+        Sample("encoder", {"keep": 9, "neighbours": 7}),
+        Sample("encoder", {"keep": 11, "plus": "distinct", "step": 4}),
         Sample("encoder", {"keep": 8, "plus": "repeated", "scores": "previous"}),
     )
 

@@ -26,6 +26,8 @@ from tmc_export.core.errors import ModelError, ParityError  # noqa: E402
 from tmc_export.plan.resolve import resolve  # noqa: E402
 from tmc_export.plan.source import read_model_files  # noqa: E402
 from tmc_export.recipe import load_recipe  # noqa: E402
+from tmc_export.runtime._backend import BackendOptions  # noqa: E402
+from tmc_export.runtime._onnxruntime import OnnxRuntimeBackend  # noqa: E402
 from tmc_export.verify.ladder import climb, recorded_ladder  # noqa: E402
 
 TINY_LLAVA = Path(__file__).parents[2] / "examples" / "tiny-llava"
@@ -206,6 +208,32 @@ def test_patches_of_a_merging_family_arrive_in_raster_order(save: Callable[[Path
     program = open_manifest(bundle).program
     assert [(v.tokens, v.grid) for v in program.vision] == [(60, (6, 10)), (64, (8, 8))]
     assert climb(bundle, tmp_path / "model", steps=2).passed
+
+
+@pytest.mark.parametrize(("save", "norm"), [(save_small_qwen2_vl, "layer"), (save_small_qwen2_5_vl, "rms")])
+def test_the_models_own_merger_as_a_method_changes_nothing(save: Callable[[Path], Path], norm: str, tmp_path: Path) -> None:
+    """patch_merger with the weights of the family's merger: the vision graph's tokens are those of the family's own projector."""
+    save(tmp_path / "model")
+    tensors = {n: t for n, t in load_file(tmp_path / "model" / "model.safetensors").items() if "merger." in n}
+    prefix = next(n for n in tensors).partition("merger.")[0] + "merger."
+    found = []
+    for weights in (tensors, {n: t * 1.01 for n, t in tensors.items()}, None):
+        name = f"w{len(found)}"
+        entry = f"{{at: projector.replace, method: patch_merger, norm: {norm}, weights: {{file: {name}.safetensors, prefix: {prefix}}}}}"
+        if weights is not None:
+            save_file(weights, tmp_path / f"{name}.safetensors")
+        recipe = write(tmp_path, entry, images="images: 1, image_size: [84, 140]", name=name)
+        if weights is None:
+            recipe.write_text(
+                recipe.read_text("utf-8").partition("compress:")[0] + "target: {device: cpu, runtime: onnxruntime}\n", "utf-8"
+            )
+        bundle = build(recipe, tmp_path / f"out{name}", record=False).folder
+        graph = OnnxRuntimeBackend(bundle, BackendOptions(threads=1)).graph("onnx/vision_0.onnx")
+        (pixels,) = graph.inputs
+        found.append(graph.run({pixels: np.random.default_rng(0).standard_normal((1, 60, 1176), np.float32)})["tokens"])
+    own, changed, without = found
+    np.testing.assert_allclose(own, without, rtol=1e-5, atol=1e-6)
+    assert np.abs(changed - without).max() > 1e-3
 
 
 def test_the_order_of_patches_is_the_rasters(tmp_path: Path) -> None:

@@ -201,7 +201,7 @@ def wrong_batch(example: Example) -> list[str]:
 
 
 def wrong_padding(example: Example, share: float = 0.2) -> list[str]:
-    """Padding has no say: what it holds changes no valid row, and while it is kept no valid candidate is dropped."""
+    """Padding, of tokens and of text, has no say: what it holds changes no valid row; while it is kept no valid candidate is dropped."""
     stage, tokens, context = example.made()
     n, first = tokens.shape[1], context.layout.class_tokens
     padding = torch.randperm(n - first, generator=torch.Generator().manual_seed(5))[: int(n * share)] + first
@@ -212,11 +212,18 @@ def wrong_padding(example: Example, share: float = 0.2) -> list[str]:
     out = example.apply(stage, tokens, context)
     noisy, captured = tokens.clone(), {}
     noisy[:, padding] = 50.0
+    silent = None if context.text_valid is None else ~context.text_valid[0]
+    if silent is not None and context.text is not None:
+        text = context.text.clone()
+        text[:, silent] = 50.0
+        context = replace(context, text=text)
     for need, value in context.captured.items():
         if not isinstance(need, (Attention, Features, Keys)):
             captured[need] = value
             continue
         changed = value.clone()
+        if silent is not None and isinstance(need, Attention) and need.rows == "text" and not need.row_sum:
+            changed[..., silent, :] = 50.0
         changed[(..., padding) if isinstance(need, Attention) else (slice(None), padding)] = 50.0
         captured[need] = changed
     again = example.apply(stage, noisy, replace(context, captured=captured))

@@ -112,11 +112,10 @@ def test_only_the_windows_with_padding_are_padding() -> None:
 
 
 @pytest.mark.parametrize("name", PROJECTORS)
-def test_an_encoder_that_hands_blocks_is_refused(name: str) -> None:
+def test_another_site_is_refused(name: str) -> None:
     method = METHODS.get(name)
-    joining = replace(FACTS, encoder=replace(FACTS.encoder, merge=2))
-    with pytest.raises(ValueError, match="blocks of 2x2 .*; keep"):
-        method.stages(AT, method.Config(), joining)
+    with pytest.raises(ValueError, match=r"does not act at projector; its sites are projector\.replace"):
+        method.stages(Site.parse("projector"), method.Config(), FACTS)
     assert method.stages(AT, method.Config(), FACTS)
 
 

@@ -19,8 +19,8 @@ from tmc_export.bundle.write import atomic_folder, check_replaceable, hash_file,
 from tmc_export.core.errors import BundleError, ModelError
 from tmc_export.core.lazy import require
 from tmc_export.plan.describe import plan_json, report_json
-from tmc_export.plan.legality import emitted_opset
 from tmc_export.plan.make import report_plan
+from tmc_export.plan.notes import emitted_opset
 from tmc_export.plan.source import fetch, read_model_files
 from tmc_export.plan.towers import fetch_towers
 from tmc_export.plan.types import TowerPlan

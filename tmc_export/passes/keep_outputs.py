@@ -33,6 +33,10 @@ class KeepOutputsPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite the graph; `modified` says whether an Identity was added."""
         graph, taken, modified = model.graph, set(), False
+        right = {id(v) for v, name in zip(graph.outputs, self.names, strict=True) if v.name == name}
+        for value in (out for node in graph for out in node.outputs):
+            if value.name in self.names and id(value) not in right:  # the name is wanted for another value
+                value.name = f"{value.name}/was"
         for index, (value, name) in enumerate(zip(list(graph.outputs), self.names, strict=True)):
             produced = value.producer() is not None
             if value.name == name and (produced or value.is_initializer()) and id(value) not in taken:

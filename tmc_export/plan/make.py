@@ -10,7 +10,7 @@ from tmc_export.core.errors import TmcError
 from tmc_export.families._contract import ModelFiles
 from tmc_export.graphs._contract import Site
 from tmc_export.plan.estimate import Amdahl, Clock, Estimate, clock_of, estimate, shares_of
-from tmc_export.plan.legality import check_plan, check_target, notes_of
+from tmc_export.plan.legality import check_plan, check_target
 from tmc_export.plan.memory import (
     BuildMemory,
     Room,
@@ -22,6 +22,7 @@ from tmc_export.plan.memory import (
     room_of,
     run_memory,
 )
+from tmc_export.plan.notes import notes_of
 from tmc_export.plan.resolve import resolve
 from tmc_export.plan.types import Plan
 from tmc_export.recipe import Device, Recipe, load_device

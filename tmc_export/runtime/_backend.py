@@ -33,7 +33,15 @@ class Graph(Protocol):
         ...
 
     def step(self, feed: Mapping[str, Array]) -> dict[str, Array]:
-        """Run for one token. A graph that can writes its new rows into the feed's own `past_key_values.*`; `present.*` then is missing."""
+        """Run for one token.
+
+        Args:
+            feed: as for `run`; arrays that are the same ones as at the call before are read again, and cost nothing to hand over.
+
+        Returns:
+            As `run`, in arrays that the next step overwrites. A graph that can writes its new rows into the feed's own
+            `past_key_values.*`; `present.*` then is missing.
+        """
         ...
 
 

@@ -102,6 +102,14 @@ class Decoder:
         self.program, self._backend = program, backend
         self.slots = [BlockSlots(block, program) for block in program.blocks]
         self.length = self.since = 0
+        self._token = np.zeros((1, 1), np.int64)
+        self._feeds = [self._step_feed(slots) for slots in self.slots]
+
+    def _step_feed(self, slots: BlockSlots) -> dict[str, Array]:
+        """What a block's decode graph reads, in arrays that stay from token to token; `hidden` is added to them."""
+        row = {name: np.zeros((1, 1), np.int64) for name in ("order", "since")}
+        positions = np.zeros((self.program.rope_axes, 1, 1), np.int64)
+        return {**row, "positions": positions, "valid": np.ones((1, 1), np.bool_), "last": np.zeros(1, np.int64), **slots.feed()}
 
     def reset(self) -> None:
         """Start a new conversation."""
@@ -368,25 +376,17 @@ class Decoder:
         """
         for slots in self.slots:
             slots.check_room(1)
-        embed = self.program.embed["decode"]
-        hidden = self._backend.graph(embed.file).run({"input_ids": np.array([[token]], np.int64)})["hidden"]
-        order = np.array([self.length], np.int64)
+        self._token[:] = token
+        hidden = self._backend.graph(self.program.embed["decode"].file).step({"input_ids": self._token})["hidden"]
         logits: Array = np.zeros(0)
-        for slots in self.slots:
-            feed = {
-                "hidden": hidden,
-                "positions": np.full((self.program.rope_axes, 1, 1), slots.next_position, np.int64),
-                "order": order[None],
-                "valid": np.ones((1, 1), np.bool_),
-                "last": np.zeros(1, np.int64),
-                "since": np.full((1, 1), self.since, np.int64),
-                **slots.feed(),
-            }
+        for slots, feed in zip(self.slots, self._feeds, strict=True):
+            feed["hidden"] = hidden
+            feed["positions"][:], feed["order"][:], feed["since"][:] = slots.next_position, self.length, self.since
             out = self._backend.graph(slots.block.phases["decode"].file).step(feed)
-            slots.write(out, order)
+            slots.write(out, feed["order"][0])
             slots.next_position += 1
             if slots.block.head:
-                logits = out["logits"][0].astype(np.float32)
+                logits = out["logits"][0].astype(np.float32)  # a copy: the next step overwrites what it returned
             else:
                 hidden = out["hidden_out"]
         self.length += 1

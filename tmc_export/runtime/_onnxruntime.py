@@ -52,14 +52,12 @@ class _OrtGraph:
         return found
 
     def step(self, feed: Mapping[str, Array]) -> dict[str, Array]:
-        """Run once and write the new rows into the feed's `past_key_values.*`; a graph without such outputs is run.
+        """Run once, with the new rows written into the feed's `past_key_values.*` where the graph can; see `Graph.step`.
 
         Raises:
             ResourceError: not enough memory to run it.
             BundleError: onnxruntime gives up on it for another reason.
         """
-        if not self._filled:
-            return self.run(feed)
         wanted = {name: feed[name] for name in self.inputs}
         with self._errors():
             if self._step is None:
@@ -77,33 +75,49 @@ class _OrtGraph:
             raise BundleError(f"onnxruntime {ort.__version__} failed in {self._file}: {said}; verify the bundle") from error
 
 
+_TYPES = {"float": np.float32, "float16": np.float16, "int64": np.int64, "bool": np.bool_}
+
+
 class _Step:
-    """A binding that stays from token to token: inputs that are the same array are bound once, filled slots have their inputs' memory."""
+    """A binding that stays from token to token.
+
+    Inputs that are the same array are bound once; filled slots have their inputs' memory; other outputs have arrays of the binding, which
+    the next run overwrites.
+    """
 
     def __init__(self, session: ort.InferenceSession, filled: Mapping[str, str], outputs: Sequence[str]) -> None:
-        self._session, self._filled, self._outputs = session, filled, tuple(outputs)
+        self._session, self._filled = session, filled
         self._binding = session.io_binding()
         self._arrays: dict[str, Array] = {}
-        for name in self._outputs:
-            self._binding.bind_output(name)
+        self._outputs: dict[str, Array] = {}
+        for output in session.get_outputs():
+            if output.name in outputs:
+                array = np.zeros(output.shape, _TYPES[output.type.removeprefix("tensor(").removesuffix(")")])
+                self._binding.bind_ortvalue_output(output.name, _in_place(output.name, array))
+                self._outputs[output.name] = array
 
     def run(self, feed: Mapping[str, Array]) -> dict[str, Array]:
         for name, array in feed.items():
             if self._arrays.get(name) is not array:
                 self._bind(name, array)
         self._session.run_with_iobinding(self._binding)
-        values = self._binding.get_outputs()
-        return {name: np.array(value.numpy()) for name, value in zip(self._outputs, values[: len(self._outputs)], strict=True)}
+        return dict(self._outputs)
 
     def _bind(self, name: str, array: Array) -> None:
-        value = ort.OrtValue.ortvalue_from_numpy(array)
-        if value.data_ptr() != array.ctypes.data:
-            raise ValueError(f"input {name} was copied, so that what changes in place would not be seen")
+        value = _in_place(name, array)
         self._arrays.pop(name, None)
         self._binding.bind_ortvalue_input(name, value)
         if name in self._filled:
             self._binding.bind_ortvalue_output(self._filled[name], value)
         self._arrays[name] = array  # last: an interrupt leaves it to be bound again
+
+
+def _in_place(name: str, array: Array) -> ort.OrtValue:
+    """The array as onnxruntime sees it, in the same memory."""
+    value = ort.OrtValue.ortvalue_from_numpy(array)
+    if value.data_ptr() != array.ctypes.data:
+        raise ValueError(f"{name} was copied, so that what changes in place would not be seen")
+    return value
 
 
 class OnnxRuntimeBackend:
