@@ -242,8 +242,10 @@ class Entry:
             out = self.method.apply(step.stage, tokens, context, self.config)
             leaving = {"source": out.source, "tokens": out.tokens, "valid": out.valid, "text": out.text}
             leaving |= {f"kv.{layer}": rows for layer, rows in out.kv.items()}
-            given = [tokens, valid, *self.inputs.values(), *found.values()]  # what only passes through is no output
-            found |= {f"{key}.{number}": x for key, x in leaving.items() if x is not None and not any(x is y for y in given)}
+            for key, x in leaving.items():
+                given = [tokens, valid, *self.inputs.values(), *found.values()]  # what only passes through, or left already, is no output
+                if x is not None and not any(x is y for y in given):
+                    found[f"{key}.{number}"] = x
         return found
 
     def _arriving(self, number: int, step: Step, out: Compressed | None) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
