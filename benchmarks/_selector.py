@@ -326,7 +326,8 @@ class Entry:
             query = hidden @ self._given("next.query", d.width, d.width, scale=0.03)
             key = hidden @ self._given("next.key", d.width, d.kv_heads * d.head_dim, scale=0.03)
             query, key = (x.reshape(1, total, -1, d.head_dim).transpose(1, 2) for x in (query, key))
-        order, alive = torch.arange(total)[None], torch.ones(1, total, dtype=torch.bool)
+        order = self._given(f"order.{number}", value=torch.arange(total)[None])  # inputs, as in a bundle: masks are no constants
+        alive = self._given(f"alive.{number}", value=torch.ones(1, total, dtype=torch.bool))
         places = torch.arange(visual, total)[None]
         rows = QuerySide(query, order, alive, alive & (order >= visual), order[:, -1], places, alive[:, :TEXT])
         scores = row_scores([need], rows, KeySide(expand_heads(key, d.heads), order, alive, None))[need]
@@ -358,10 +359,16 @@ class Entry:
             Graph(), examples, input_names=names, output_names=[f"out/{name}" for name in outputs],
             symbols=[None] * len(names), model=torch.nn.Module(), checkpoint=_Nothing(),
         )  # fmt: skip
+        given = dict(zip(names, examples, strict=True))
+        fixed = [name for name in names if name.startswith(("weight.", "next."))]
+        for value in [v for v in traced.graph.inputs if v.name in fixed]:  # weights, as a bundle has them: known when a session packs them
+            traced.graph.inputs.remove(value)
+            value.const_value = ir.tensor(given[value.name or ""].numpy(), name=value.name)
+            traced.graph.register_initializer(value)
         static = specialize(clean(traced), {}, label)
         finish(static)
         ir.save(static, folder / f"{label}.onnx")
-        np.savez(folder / f"{label}.npz", **{name: value.numpy() for name, value in zip(names, examples, strict=True)})
+        np.savez(folder / f"{label}.npz", **{n: value.numpy() for n, value in given.items() if n not in fixed})
 
     def describe(self) -> dict[str, object]:
         """What the timing needs to know."""

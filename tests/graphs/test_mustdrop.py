@@ -25,8 +25,8 @@ def test_the_class_token_marks_the_key_set() -> None:
 
 
 def test_the_key_layer_is_the_one_behind_the_features() -> None:
-    spare = replace(MODEL, encoder=replace(MODEL.encoder, spare=1))
-    asked = [MustDrop.stages(Site("encoder", 1), CONFIG, model)[1].needs[0] for model in (MODEL, spare)]
+    models = [replace(MODEL, encoder=replace(MODEL.encoder, spare=spare)) for spare in (0, 1)]
+    asked = [MustDrop.stages(Site("encoder", 1), CONFIG, model)[1].needs[0] for model in models]
     assert [need.layer for need in asked if isinstance(need, Attention)] == ["previous", "next"]
 
 

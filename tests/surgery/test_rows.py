@@ -147,7 +147,8 @@ def test_all_sums_of_a_layer_are_one_pass_and_the_plan_knows_its_price(size: int
         kinds = {}
         for need in swept(needs):
             kinds.setdefault((need.heads, need.logits), []).append(need)
-        adding = sum(2 * 2 * len(same) * size * slots * (HEADS if heads == "none" else 1) for (heads, _), same in kinds.items())
+        before = ("none", "mean", "sum")  # rows are added up before heads are joined, or heads stay
+        adding = sum(2 * 2 * len(same) * size * slots * (HEADS if heads in before else 1) for (heads, _), same in kinds.items())
         adding += sum(
             2 * 2 * {"text": text, "window": n.window}[n.rows] * slots
             for n in needs

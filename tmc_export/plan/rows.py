@@ -13,7 +13,7 @@ from tmc_export.plan.types import CutPlan
 
 __all__ = ["ROW_BLOCK", "handed_rows", "is_sum", "rows_computed", "swept", "text_places"]
 
-ROW_BLOCK = 128
+ROW_BLOCK = 64
 """Query rows computed at once where there are more: so many rows of the map, and not the map, are in memory."""
 
 

@@ -1,7 +1,7 @@
 """Attention of some of a turn's query rows over all keys: the score side path of a cut.
 
 Sums over many rows are made block by block (static blocks, unrolled), so that no map `[h, S, s]` is ever in memory, and one pass over the
-blocks serves all sums of a layer. Heads are joined before rows are summed. Rows of padding are zero and add nothing; a pair that the mask
+blocks serves all sums of a layer. Rows of padding are zero and add nothing; a pair that the mask
 hides is zero, as a weight and as a product.
 
 Legend: b batch, h heads, R query rows, S tokens of the bucket, s keys, d channels of a head, m text tokens, u sums.
@@ -106,6 +106,12 @@ def _blocks(count: int) -> Iterator[slice]:
 
 def _joined(needs: Sequence[Attention], query: Tensor, order: Tensor, keys: KeySide) -> dict[tuple[str, bool], Tensor]:
     """Attend with a block of rows: per way of joining heads (and logits or not) `[b, R, s]`, or `[b, h, R, s]`."""
+    weights = _weights(needs, query, order, keys)
+    return {(n.heads, n.logits): join_heads(weights[n.logits], n) for n in needs}
+
+
+def _weights(needs: Sequence[Attention], query: Tensor, order: Tensor, keys: KeySide) -> dict[bool, Tensor]:
+    """Attend with a block of rows: logits or not → `[b, h, R, s]`."""
     mask = additive_mask(order, keys.order, keys.valid, keys.window, torch.float32)
     products = query.float() @ keys.key.transpose(-1, -2)
     weights: dict[bool, Tensor] = {}
@@ -113,7 +119,7 @@ def _joined(needs: Sequence[Attention], query: Tensor, order: Tensor, keys: KeyS
         weights[False] = (products + mask).softmax(-1)
     if any(n.logits for n in needs):
         weights[True] = torch.where(mask < 0, 0.0, products)
-    return {(n.heads, n.logits): join_heads(weights[n.logits], n) for n in needs}
+    return weights
 
 
 def _sweep(needs: Sequence[Attention], rows: QuerySide, keys: KeySide) -> dict[Need, Tensor]:
@@ -122,10 +128,13 @@ def _sweep(needs: Sequence[Attention], rows: QuerySide, keys: KeySide) -> dict[N
     totals: dict[tuple[str, bool], Tensor] = {}
     kinds = {key: [n for n in needs if (n.heads, n.logits) == key] for key in dict.fromkeys((n.heads, n.logits) for n in needs)}
     for block in _blocks(rows.query.shape[2]):
-        joined = _joined(needs, rows.query[:, :, block], rows.order[:, block], keys)
+        weights = _weights(needs, rows.query[:, :, block], rows.order[:, block], keys)
         for key, same in kinds.items():
             which = torch.stack([member[n.rows][:, block] for n in same], 1).float()  # [b, u, R]
-            part = _add_up(which, joined[key])
+            if same[0].heads in ("mean", "sum"):  # rows first: a product reads the map once, where a mean over heads would write one, too
+                part = join_heads(_add_up(which, weights[same[0].logits]), same[0])
+            else:
+                part = _add_up(which, join_heads(weights[same[0].logits], same[0]))
             totals[key] = totals[key] + part if key in totals else part
     return {n: totals[key][..., i, :] for key, same in kinds.items() for i, n in enumerate(same)}
 

@@ -85,10 +85,10 @@ def additive_mask(
     Returns:
         `[b, 1, T, s]`.
     """
-    distance = query_order[:, :, None] - key_order[:, None, :]
-    visible = (distance >= 0) & key_valid[:, None, :]
+    never = torch.iinfo(torch.int64).max
+    visible = torch.where(key_valid, key_order, never)[:, None, :] <= query_order[:, :, None]  # one comparison of T x s, not three
     if window is not None:
-        visible = visible & (distance < window)
+        visible = visible & (query_order[:, :, None] - key_order[:, None, :] < window)
     if since is not None:
         visible = visible & (key_order[:, None, :] >= since[:, :, None])
     return torch.where(visible, 0.0, MASKED).to(dtype)[:, None]
