@@ -123,7 +123,7 @@ def main() -> None:
             "Share of the 0.36B decoder's uncompressed prefill (fp32) that each method's selector takes, scores included; a quarter of the "
             f"visual tokens stays. Methods before the decoder run once a picture, {LARGE // PATCHES} times at {LARGE}."
         )
-        print(save("selectors", {"what": what, "rounds": options.rounds, "rows": rows, "raw": raw}))
+        print(save("selector_share", {"what": what, "rounds": options.rounds, "rows": rows, "raw": raw}))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FACTS", "arriving_layout", "context_for", "contexts", "layouts", "small_facts"]
 
-_TEXT_TOKENS, _TEXT_PADDING = 9, 2
+_TEXT_TOKENS, _TEXT_PADDING, _ELSEWHERE = 9, 2, 7
 _HEADS = 4
 
 
@@ -84,8 +84,8 @@ def _captured(need: Need, b: int, n: int, layout: Layout, facts: ModelFacts, dra
         rows = {"text": (_TEXT_TOKENS,), "window": (need.window,)}.get(need.rows, ())
         heads = (_HEADS,) if need.heads == "none" else ()
         shape = (b, *heads, *(() if need.row_sum else rows), n)
-        logits = torch.randn(shape, generator=draw)
-        return logits if need.logits else logits.softmax(-1) * (_HEADS if need.heads == "sum" else 1)
+        logits = torch.randn((*shape[:-1], n + _ELSEWHERE), generator=draw)  # rows look at other keys, too: no row of candidates sums to 1
+        return (logits if need.logits else logits.softmax(-1) * (_HEADS if need.heads == "sum" else 1))[..., :n].contiguous()
     if isinstance(need, Keys):
         return torch.randn(b, n, _HEADS, 8, generator=draw)
     if isinstance(need, Features):

@@ -1,7 +1,7 @@
 """Give every graph output a value and the name of its own.
 
 Before: a pass found that two outputs are equal, and the graph now returns one value twice, `kv.1, kv.1`. After: `kv.0, kv.1`, one of them
-copied by an Identity. The same for an output that is an input.
+copied by an Identity. The same for an output that is an input. A value inside that has an output's name gives it up.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ class KeepOutputsPass(ir.passes.InPlacePass):
         self.names = tuple(names)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Rewrite the graph; `modified` says whether an Identity was added."""
+        """Rewrite the graph; `modified` says whether a name or a node is new."""
         graph, taken, modified = model.graph, set(), False
         right = {id(v) for v, name in zip(graph.outputs, self.names, strict=True) if v.name == name}
         for value in (out for node in graph for out in node.outputs):
             if value.name in self.names and id(value) not in right:  # the name is wanted for another value
                 value.name = f"{value.name}/was"
+                modified = True
         for index, (value, name) in enumerate(zip(list(graph.outputs), self.names, strict=True)):
             produced = value.producer() is not None
             if value.name == name and (produced or value.is_initializer()) and id(value) not in taken:

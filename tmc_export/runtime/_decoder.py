@@ -103,13 +103,7 @@ class Decoder:
         self.slots = [BlockSlots(block, program) for block in program.blocks]
         self.length = self.since = 0
         self._token = np.zeros((1, 1), np.int64)
-        self._feeds = [self._step_feed(slots) for slots in self.slots]
-
-    def _step_feed(self, slots: BlockSlots) -> dict[str, Array]:
-        """What a block's decode graph reads, in arrays that stay from token to token; `hidden` is added to them."""
-        row = {name: np.zeros((1, 1), np.int64) for name in ("order", "since")}
-        positions = np.zeros((self.program.rope_axes, 1, 1), np.int64)
-        return {**row, "positions": positions, "valid": np.ones((1, 1), np.bool_), "last": np.zeros(1, np.int64), **slots.feed()}
+        self._feeds = [slots.step_feed() for slots in self.slots]
 
     def reset(self) -> None:
         """Start a new conversation."""

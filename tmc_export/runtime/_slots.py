@@ -29,7 +29,7 @@ class BlockSlots:
     """
 
     def __init__(self, block: BlockProgram, program: Program) -> None:
-        self.block = block
+        self.block, self._axes = block, program.rope_axes
         shape = (1, program.kv_heads, block.capacity, program.head_dim)
         self._layers = range(block.first, block.last)
         self._buffers = {f"past_key_values.{i}.{kind}": np.zeros(shape, program.dtype) for i in self._layers for kind in ("key", "value")}
@@ -51,6 +51,12 @@ class BlockSlots:
     def feed(self) -> dict[str, Array]:
         """The past inputs of the block's graphs."""
         return {**self._buffers, "past_order": self.order, "past_valid": self.valid}
+
+    def step_feed(self) -> dict[str, Array]:
+        """What the block's decode graph reads besides `hidden`, in arrays that stay from token to token, to be filled in place."""
+        row = {name: np.zeros((1, 1), np.int64) for name in ("order", "since")}
+        positions = np.zeros((self._axes, 1, 1), np.int64)
+        return {**row, "positions": positions, "valid": np.ones((1, 1), np.bool_), "last": np.zeros(1, np.int64), **self.feed()}
 
     def key(self, layer: int) -> Array:
         """Keys `[1, g, C, d]` of a layer."""

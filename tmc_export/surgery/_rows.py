@@ -1,8 +1,8 @@
 """Attention of some of a turn's query rows over all keys: the score side path of a cut.
 
 Sums over many rows are made block by block (static blocks, unrolled), so that no map `[h, S, s]` is ever in memory, and one pass over the
-blocks serves all sums of a layer. Rows of padding are zero and add nothing; a pair that the mask
-hides is zero, as a weight and as a product.
+blocks serves all sums of a layer. Where heads are averaged or added, rows are summed first. Rows of padding are zero and add nothing; a
+pair that the mask hides is zero, as a weight and as a product.
 
 Legend: b batch, h heads, R query rows, S tokens of the bucket, s keys, d channels of a head, m text tokens, u sums.
 """
