@@ -87,7 +87,7 @@ class _Exporter:
     def _save(
         self, model: ir.Model, name: str, sizes: dict[str, int], kind: GraphKind, data: str, append: bool = False, fuse: bool = False
     ) -> str:
-        static = specialize(model, sizes, name, append=append)
+        static = specialize(model, sizes, name, append=append, causal=kind == "block" and not append)
         self.schemes.apply(static, kind)
         finish(static, fuse=fuse)
         self.store.externalize(static, data)

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-__all__ = ["add", "constant", "made_by", "replace", "reshape", "sizes"]
+__all__ = ["add", "constant", "made_by", "replace", "reshape", "shared_heads", "sizes"]
 
 
 def sizes(value: ir.Value | None) -> tuple[int, ...] | None:
@@ -20,6 +20,21 @@ def made_by(value: ir.Value | None, operator: str) -> ir.Node | None:
     """The node that makes a value, if it is of that standard operator."""
     node = value.producer() if value is not None else None
     return node if node is not None and node.op_type == operator and node.domain in ("", "ai.onnx") else None
+
+
+def shared_heads(value: ir.Value | None) -> ir.Value | None:
+    """The `[b, g, s, d]` that was expanded to `[b, h, s, d]`; None where nothing was."""
+    found = sizes(value)
+    for operator in ("Reshape", "Expand", "Unsqueeze"):
+        node = made_by(value, operator)
+        if node is None:
+            return None
+        value = node.inputs[0]
+    source = sizes(value)
+    if found is None or source is None or len(found) != 4 or len(source) != 4:
+        return None
+    same = found[0] == source[0] and found[2:] == source[2:] and found[1] % source[1] == 0 and found[1] != source[1]
+    return value if same else None
 
 
 def add(graph: ir.Graph, before: ir.Node, node: ir.Node, shape: tuple[int, ...], suffix: str) -> ir.Value:

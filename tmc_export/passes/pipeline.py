@@ -21,6 +21,7 @@ from tmc_export.passes.join_projections import JoinProjectionsPass
 from tmc_export.passes.keep_outputs import KeepOutputsPass, output_names
 from tmc_export.passes.merge_reshapes import MergeReshapesPass
 from tmc_export.passes.sign_rotation import SignRotationPass
+from tmc_export.passes.skip_future_keys import SkipFutureKeysPass
 from tmc_export.passes.specialize_sizes import SpecializeSizesPass
 
 __all__ = ["clean", "finish", "specialize"]
@@ -62,7 +63,7 @@ def clean(model: ir.Model) -> ir.Model:
     return passes(model).model
 
 
-def specialize(model: ir.Model, sizes: Mapping[str, int], name: str, *, append: bool = False) -> ir.Model:
+def specialize(model: ir.Model, sizes: Mapping[str, int], name: str, *, append: bool = False, causal: bool = False) -> ir.Model:
     """Return a static copy of a symbolic graph.
 
     Args:
@@ -70,6 +71,7 @@ def specialize(model: ir.Model, sizes: Mapping[str, int], name: str, *, append: 
         sizes: symbol → number.
         name: of the result, for messages.
         append: the graph takes one token and writes it into the slots, of which there is one more than `sizes` says.
+        causal: the graph takes a turn's tokens in the order of the conversation, padding behind them.
 
     Raises:
         ExportError: a shape stays open or an operator is not allowed.
@@ -84,7 +86,8 @@ def specialize(model: ir.Model, sizes: Mapping[str, int], name: str, *, append: 
         AppendInPlacePass()(static)
         names = output_names(static)
     ir.passes.Sequential(
-        common.ShapeInferencePass(), DivideByRootPass(), SignRotationPass(), GroupQueryHeadsPass(), MergeReshapesPass(),
+        common.ShapeInferencePass(), DivideByRootPass(), SignRotationPass(), *([SkipFutureKeysPass()] if causal else []),
+        GroupQueryHeadsPass(), MergeReshapesPass(),
     )(static)  # fmt: skip
     finish = ir.passes.Sequential(
         common.CommonSubexpressionEliminationPass(), common.RemoveUnusedNodesPass(), DropEmptyInputsPass(),
