@@ -13,7 +13,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ _TIMES = 3
 def prefill(bundle: Path) -> Callable[[], object]:
     """Open a bundle; a call takes a whole prompt, token table included."""
     program = open_manifest(bundle).program
-    decoder = Decoder(program, open_backend("onnxruntime", bundle, replace(options_for(program), spin=False)))
+    decoder = Decoder(program, open_backend("onnxruntime", bundle, options_for(program)))
     count = program.blocks[0].tokens
     ids = np.random.default_rng(0).integers(300, program.vocabulary - 1, count)  # values do not change the work
     positions = np.broadcast_to(np.arange(count), (program.rope_axes, count))
@@ -48,7 +47,7 @@ def selector(path: Path) -> Callable[[], object]:
     """Open a graph; a call runs it on the inputs beside it."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # as in a bundle of several blocks
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # as in a bundle
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     with np.load(path.with_suffix(".npz")) as saved:
         feed: dict[str, Any] = {i.name: saved[i.name] for i in session.get_inputs()}

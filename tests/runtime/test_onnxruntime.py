@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
 from tmc_export.core.errors import BundleError, ResourceError
-from tmc_export.runtime._backend import BackendOptions
+from tmc_export.runtime._backend import BackendOptions, options_for
 from tmc_export.runtime._onnxruntime import OnnxRuntimeBackend
 
 
@@ -56,3 +59,25 @@ def test_a_damaged_file_is_a_bundle_error(backend: OnnxRuntimeBackend, tmp_path:
     (tmp_path / "bad.onnx").write_bytes(b"not a graph")
     with pytest.raises(BundleError, match="cannot load"):
         backend.graph("bad.onnx")
+
+
+def test_only_the_decode_graph_of_a_single_block_waits_awake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, bool] = {}
+
+    def session(path: str, options: ort.SessionOptions, **_: object) -> SimpleNamespace:
+        try:
+            asked[Path(path).name] = options.get_session_config_entry("session.force_spinning_stop") != "1"
+        except RuntimeError:  # onnxruntime has no entry of that name
+            asked[Path(path).name] = True
+        return SimpleNamespace(get_inputs=list, get_outputs=list)
+
+    monkeypatch.setattr(ort, "InferenceSession", session)
+    phases = {name: SimpleNamespace(file=f"{name}.onnx") for name in ("prefill", "chunk", "decode")}
+    for blocks, awake in ((1, {"decode.onnx"}), (2, set())):
+        program: Any = SimpleNamespace(blocks=[SimpleNamespace(phases=phases)] * blocks, memory_tight=False)
+        backend = OnnxRuntimeBackend(tmp_path, options_for(program))
+        asked.clear()
+        for name in (*phases, "embed_decode"):
+            (tmp_path / f"{name}.onnx").touch()
+            backend.graph(f"{name}.onnx")
+        assert {name for name, spins in asked.items() if spins} == awake and len(asked) == 4

@@ -64,8 +64,8 @@ class BackendOptions:
         int4_accuracy: how onnxruntime multiplies int4 weights. 4: activations are rounded to int8 for each product, which is fast; 1: they
             stay float, which is what a device computes.
         memory_tight: keep one copy of the weights, mapped from the file, instead of a packed copy per phase; slower.
-        spin: a graph's threads wait for its next run awake. Faster where one graph follows itself, as decode steps of a single block do;
-            where others take turns with it, they would find the cores taken: 20 % of a compressed prefill.
+        spin: files of graphs whose threads wait for the next run awake. Faster where one graph follows itself, as decode steps of a single
+            block do; a graph that others follow would take the cores from them for a while.
 
     Raises:
         RuntimeInputError: another accuracy, or no thread.
@@ -74,7 +74,7 @@ class BackendOptions:
     threads: int | None = None
     int4_accuracy: int = 4
     memory_tight: bool = False
-    spin: bool = False
+    spin: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if self.int4_accuracy not in (1, 4):
@@ -89,7 +89,8 @@ def options_for(program: Program, threads: int | None = None, int4_accuracy: int
     Raises:
         RuntimeInputError: as `BackendOptions`.
     """
-    return BackendOptions(threads, int4_accuracy, program.memory_tight, spin=len(program.blocks) == 1)
+    alone = program.blocks[0].phases["decode"].file if len(program.blocks) == 1 else None
+    return BackendOptions(threads, int4_accuracy, program.memory_tight, frozenset() if alone is None else frozenset({alone}))
 
 
 def _onnxruntime(folder: Path, options: BackendOptions) -> Backend:

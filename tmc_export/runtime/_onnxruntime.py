@@ -145,7 +145,7 @@ class OnnxRuntimeBackend:
         if file not in self._graphs:
             options = ort.SessionOptions()
             options.log_severity_level = 3
-            if not self._options.spin:
+            if file not in self._options.spin:
                 options.add_session_config_entry("session.force_spinning_stop", "1")
             if self._options.threads is not None:
                 options.intra_op_num_threads = self._options.threads
