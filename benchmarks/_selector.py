@@ -2,12 +2,12 @@
 
     python -m benchmarks._selector FOLDER [METHOD ...]
 
-Writes `FOLDER/<method>-<visual tokens>.onnx`, traced and cleaned as a bundle's graphs are, its inputs beside it, and prints one JSON object
-a line: the name, how many times the graph is to be reckoned, and the visual tokens that every decoder layer then sees. The layers between
-two stages are left out: a stage gets what the one before returned, and query and key of its layer as inputs. Scores are made of these in
-the graph: softmax over all keys, sums over many rows in blocks, as in a bundle; where a stage asks for the layer to come, its projections
-are in the graph too. Putting the sequence together again behind a decoder cut is not. Of a method of many stages four are in the graph,
-evenly spaced; `times` makes up for the others.
+Writes `FOLDER/<method>-<visual tokens>.onnx`, traced and cleaned as a bundle's graphs are, its inputs beside it, and prints one JSON
+object a line: the name, how many times the graph is to be reckoned, and the visual tokens that every decoder layer then sees. The layers
+between two stages are left out: a stage gets what the one before returned, and query and key of its layer as inputs. Scores are made of
+these in the graph: softmax over all keys; sums over all rows of a map are made by the block before, and what they cost it is timed apart
+(`_map_sums.py`); where a stage asks for the layer to come, its projections are in the graph too. Putting the sequence together again
+behind a decoder cut is not. Of a method of many stages four are in the graph, evenly spaced; `times` makes up for the others.
 
 Legend: b pictures, S tokens of the prompt, n candidates, c channels, h heads, d channels of a head.
 """
@@ -20,6 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from benchmarks._map_sums import save_pair
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -318,6 +320,9 @@ class Entry:
         d, b, n = self.facts.decoder, step.items, step.before.tokens
         visual = b * n
         total = visual + TEXT
+        if need in self._summed(step):
+            columns = self._given(f"sums.{number}.{self._summed(step).index(need)}", 1, total)[..., :visual].unflatten(-1, (b, n))
+            return columns.movedim(-2, 1).flatten(0, 1)
         if need.layer == "previous":
             query = self._given(f"query.{number}", 1, d.heads, total, d.head_dim, scale=0.3)
             key = self._given(f"key.{number}", 1, d.kv_heads, total, d.head_dim)
@@ -334,8 +339,21 @@ class Entry:
         columns = scores[..., :visual].unflatten(-1, (b, n))
         return columns.movedim(-2, 1).flatten(0, 1)
 
+    def _summed(self, step: Step) -> tuple[Any, ...]:
+        """The needs of a cut that the block before it adds up itself."""
+        from tmc_export.graphs._contract import Attention
+        from tmc_export.plan.sums import summed_by_block
+
+        previous = [need for need in step.stage.needs if isinstance(need, Attention) and need.layer == "previous"]
+        return summed_by_block(previous) if step.inside else ()
+
+    def maps(self) -> list[tuple[int, int, tuple[Any, ...]]]:
+        """Visual and text tokens of the timed stages' layers that add up their maps, and the sums."""
+        steps = [self.steps[number] for number in self.sample()[0]]
+        return [(s.items * s.before.tokens, TEXT, self._summed(s)) for s in steps if self._summed(s)]
+
     def save(self, folder: Path) -> None:
-        """Trace, clean and write the graph."""
+        """Trace, clean and write the graph, and the attention of layers that add up their maps."""
         import numpy as np
         import onnx_ir as ir
         import torch
@@ -355,6 +373,8 @@ class Entry:
                 return tuple(found[name] for name in outputs)
 
         label = f"{self.name}-{self.visual}"
+        if maps := self.maps():
+            save_pair(folder, label, maps, self.facts.decoder)
         traced = capture(
             Graph(), examples, input_names=names, output_names=[f"out/{name}" for name in outputs],
             symbols=[None] * len(names), model=torch.nn.Module(), checkpoint=_Nothing(),
@@ -374,7 +394,7 @@ class Entry:
         """What the timing needs to know."""
         return {
             "name": self.name, "visual": self.visual, "repeats": self.repeats, "layers": self.layers(),
-            "stages": len(self.steps), "times": self.repeats * self.sample()[1],
+            "stages": len(self.steps), "times": self.repeats * self.sample()[1], "maps": bool(self.maps()),
         }  # fmt: skip
 
 

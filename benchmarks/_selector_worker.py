@@ -2,8 +2,9 @@
 
     python -m benchmarks._selector_worker FOLDER --rounds 7 --prefill 576=BUNDLE 2880=BUNDLE --selectors fastv-576 dart-2880
 
-A round runs every prefill once and every graph of FOLDER three times; every other round goes the other way. Nothing of the first run of
-each counts. Prints one JSON object: name → per round, milliseconds of each run. Imports no torch.
+A round runs every prefill once and every graph of FOLDER three times, a pair whose difference counts in turns and six times; every other
+round goes the other way. Nothing of the first run of each counts. Prints one JSON object: name → per round, milliseconds of each run.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from benchmarks._map_sums import BARE, SUMMED
 from tmc_export.bundle.read import open_manifest
 from tmc_export.runtime._backend import open_backend, options_for
 from tmc_export.runtime._decoder import Decoder
@@ -55,6 +57,15 @@ def selector(path: Path) -> Callable[[], object]:
     return partial(session.run, names, feed)
 
 
+def together(names: list[str]) -> list[list[str]]:
+    """Names in their order, those of one pair side by side."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        kind = next((kind for kind in (SUMMED, BARE) if name.endswith(kind)), None)
+        groups.setdefault(name if kind is None else name.removesuffix(kind), []).append(name)
+    return list(groups.values())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
@@ -70,14 +81,15 @@ def main() -> None:
     found: dict[str, list[list[float]]] = {name: [] for name in what}
     for number in range(options.rounds + 1):
         names = list(what) if number % 2 else list(what)[::-1]
-        for name in names:
-            times = []
-            for _ in range(_TIMES if name in options.selectors else 1):
-                began = time.perf_counter()
-                what[name]()
-                times.append((time.perf_counter() - began) * 1e3)
-            if number:
-                found[name].append(times)
+        for group in together(names):
+            times: dict[str, list[float]] = {name: [] for name in group}
+            for _ in range(_TIMES * len(group) if group[0] in options.selectors else 1):
+                for name in group:
+                    began = time.perf_counter()
+                    what[name]()
+                    times[name].append((time.perf_counter() - began) * 1e3)
+            for name in group if number else ():
+                found[name].append(times[name])
         print(f"  round {number}/{options.rounds}", file=sys.stderr, flush=True)
     if "torch" in sys.modules:
         raise SystemExit("the timing process imported torch")

@@ -3,12 +3,14 @@
     python benchmarks/selector_share.py [--rounds 7] [--keep DIR]
     python benchmarks/selector_share.py --only fastv divprune --rounds 3
 
-A selector is every stage of a method with the scores it asks for, as one onnxruntime graph at real sizes (`_selector.py`): pictures of
-24 x 24 patches, 1024 wide in the encoder and 896 in the decoder; prompts of 576 visual tokens and of 2880 (LLaVA-NeXT's five crops), and 64
+A selector is every stage of a method with the scores it asks for, as one onnxruntime graph at real sizes (`_selector.py`): pictures of 24
+x 24 patches, 1024 wide in the encoder and 896 in the decoder; prompts of 576 visual tokens and of 2880 (LLaVA-NeXT's five crops), and 64
 of text. About a quarter of the visual tokens stays. Methods before the decoder run once a picture: at 2880 five times, which is what their
-time is then; of methods of many stages (ToMe: 23) four are timed and stand for all. The share is of the uncompressed prefill (fp32, same
-threads), measured in the same rounds of the same process; the second share is of the compressed prefill, reckoned as the uncompressed one
-times the FLOPs that remain, selector added. What is before the decoder's prefill (vision tower, TRIM's text tower) is in neither.
+time is then; of methods of many stages (ToMe: 23) four are timed and stand for all. Sums over all rows of a layer's map, which the block
+before a cut makes, cost what that layer's attention takes more with them than without (`_map_sums.py`). The share is of the uncompressed
+prefill (fp32, same threads), measured in the same rounds of the same process; the second share is of the compressed prefill, reckoned as
+the uncompressed one times the FLOPs that remain, selector added. What is before the decoder's prefill (vision tower, TRIM's text tower) is
+in neither.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks._common import REPOSITORY, run_json, save, spread, workplace
+from benchmarks._map_sums import BARE, SUMMED
 from benchmarks._models import CLIP_TINY_336, QWEN2_036B, write_llava
 from benchmarks._selector import CASES, LARGE, PATCHES, TEXT
 from benchmarks.decoder036b import build, flops
@@ -71,7 +74,12 @@ def graph_of(said: dict[str, Any]) -> str:
 def row(said: dict[str, Any], times: dict[str, list[list[float]]]) -> tuple[dict[str, Any], dict[str, Any]]:
     """One method at one size: the row of the table, and the figures behind it."""
     name, visual = said["name"], int(said["visual"])
-    mine = [statistics.median(runs) * said["times"] for runs in times[graph_of(said)]]
+    mine = [statistics.median(runs) for runs in times[graph_of(said)]]
+    if said["maps"]:
+        pair = zip(times[f"{graph_of(said)}-{SUMMED}"], times[f"{graph_of(said)}-{BARE}"], strict=True)
+        adding = [statistics.median(x - y for x, y in zip(a, b, strict=True)) for a, b in pair]
+        mine = [a + b for a, b in zip(mine, adding, strict=True)]
+    mine = [time * said["times"] for time in mine]
     whole = [runs[0] for runs in times[str(visual)]]
     share = spread([a / b for a, b in zip(mine, whole, strict=True)])
     count = len(said["layers"])
@@ -103,6 +111,7 @@ def main() -> None:
         bundles = prefills(base)
         entries = selectors(base, options.only)
         names = sorted({graph_of(said) for said in entries})
+        names += sorted({f"{graph_of(said)}-{kind}" for said in entries if said["maps"] for kind in (SUMMED, BARE)})
         command = [sys.executable, "-m", "benchmarks._selector_worker", str(base / "selectors"), "--rounds", str(options.rounds)]
         command += ["--prefill", *(f"{size}={path}" for size, path in bundles.items()), "--selectors", *names]
         times: dict[str, list[list[float]]] = run_json(command)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -111,20 +112,38 @@ HEAD = (
 )
 
 
-def write_recipe(folder: Path, name: str, model: Path, compress: Sequence[str] = (), inputs: Mapping[str, Any] | None = None) -> Path:
-    """Write a float32 recipe for the CPU."""
+CPU = {"device": "cpu", "runtime": "onnxruntime"}
+
+
+def write_recipe(
+    folder: Path,
+    name: str,
+    model: Path,
+    compress: Sequence[str] = (),
+    inputs: Mapping[str, Any] | None = None,
+    target: Mapping[str, str] = MappingProxyType(CPU),
+) -> Path:
+    """Write a float32 recipe."""
     given = {"images": 1, "text_tokens": 32, "new_tokens": 16, **(inputs or {})}
     lines = ["recipe: 1", f"name: {name}", f"model: {{source: {model}, dtype: float32}}"]
     lines += ["inputs: {" + ", ".join(f"{k}: {v}" for k, v in given.items()) + "}"]
     lines += ["compress:", *(f"  - {entry}" for entry in compress)] if compress else []
     path = folder / f"{name}.yaml"
-    path.write_text("\n".join([*lines, "target: {device: cpu, runtime: onnxruntime}", ""]), "utf-8")
+    lines.append("target: {" + ", ".join(f"{k}: {v}" for k, v in target.items()) + "}")
+    path.write_text("\n".join([*lines, ""]), "utf-8")
     return path
 
 
-def build(folder: Path, name: str, model: Path, compress: Sequence[str] = (), inputs: Mapping[str, Any] | None = None) -> Built:
+def build(
+    folder: Path,
+    name: str,
+    model: Path,
+    compress: Sequence[str] = (),
+    inputs: Mapping[str, Any] | None = None,
+    target: Mapping[str, str] = MappingProxyType(CPU),
+) -> Built:
     """Build a bundle without recorded answers."""
-    recipe = write_recipe(folder, name, model, compress, inputs)
+    recipe = write_recipe(folder, name, model, compress, inputs, target)
     tmc_export.build(recipe, folder / name, record=False, engines=False)
     plan, _ = make_plan(load_recipe(recipe), read_model_files(model))
     return Built(model, recipe, folder / name, plan)

@@ -102,3 +102,46 @@ def test_attention_without_a_mask_is_not_causal() -> None:
 def test_a_mask_of_other_shape_is_left_alone() -> None:
     text = OWN.replace("float[B, 1, T, S] mask", "float[B, 1, 1, S] mask")
     assert not SkipFutureKeysPass()(attention(text, 1, 384, 0)).modified
+
+
+def summed(text: str, what: str) -> str:
+    """The graph with a second output, which reads the map `w`."""
+    return text.replace("w = Softmax<axis = -1>(m)", f"w = Softmax<axis = -1>(m)  {what}").replace(
+        "float[B, 1, T, S] mask)", "float[B, 1, T, S] mask, float[B, 2, T] which)"
+    )
+
+
+MAX = "top = ReduceMax<keepdims = 0>(w, one)  u = MatMul(which, top)  total = Identity(u)"
+EACH = "wide_which = Unsqueeze(which, one)  u = MatMul(wide_which, w)  total = Identity(u)"
+OTHER = "u = ReduceMean<keepdims = 0>(w, one)  total = Identity(u)"
+
+
+def with_sums(text: str, what: str, rows: int, past: int) -> ir.Model:
+    keys, heads = rows + past, 6 if "two" in text else 2
+    shape = {MAX: f"1, 2, {keys}", EACH: f"1, {heads}, 2, {keys}", OTHER: f"1, {rows}, {keys}"}[what]
+    text = summed(text, what)
+    text = text.replace("T, 4] y)", f"T, 4] y, float[{shape}] total)")
+    for name, size in (("B,", 1), ("T,", rows), ("T]", rows), ("S,", keys), ("S]", keys)):
+        text = text.replace(name, f"{size}{name[-1]}")
+    more = {"two": np.array([2]), "wide": np.array([1, 2, 3, keys, 4]), "flat": np.array([1, 6, keys, 4])} if "two" in text else {}
+    return common.ShapeInferencePass()(graph(text, one=np.array([1]), **more)).model
+
+
+@pytest.mark.parametrize("what", [MAX, EACH])
+@pytest.mark.parametrize(("text", "rows", "past"), [(SHARED, 200, 0), (SHARED, 150, 33), (OWN, 300, 0)])
+def test_sums_over_rows_are_added_up_block_by_block(text: str, what: str, rows: int, past: int) -> None:
+    before, after = with_sums(text, what, rows, past), with_sums(text, what, rows, past)
+    assert SkipFutureKeysPass()(after).modified
+    common.RemoveUnusedNodesPass()(after)
+    assert [v.name for v in after.graph.outputs] == ["y", "total"] and operators(after).count("Softmax") > 1
+    x = feed(before, past, rows - 9)
+    x["which"] = (x["which"] > 0).astype(np.float32) * (np.arange(rows) < rows - 9)
+    for got, want in zip(run(after, x), run(before, x), strict=True):
+        got, want = (v[:, :, : rows - 9] if v.shape[1:3] == (6 if text is SHARED else 2, rows) else v for v in (got, want))
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
+    other = {**x, "which": np.roll(x["which"], 1, -1)}
+    assert np.abs(run(after, other)[1] - run(before, x)[1]).max() > 1e-2  # rows beside those asked for would be seen
+
+
+def test_a_map_that_something_else_reads_stays_whole() -> None:
+    assert not SkipFutureKeysPass()(with_sums(OWN, OTHER, 384, 0)).modified

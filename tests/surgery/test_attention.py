@@ -9,7 +9,7 @@ import torch
 
 from tmc_export.core.errors import ExportError
 from tmc_export.surgery.attention import MASKED, AttentionState, additive_mask, expand_heads, recording
-from tmc_export.surgery.attention import _static_attention as attention
+from tmc_export.surgery.attention import static_attention as attention
 
 
 @pytest.mark.parametrize("window", [None, 3])

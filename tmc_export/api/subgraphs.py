@@ -13,7 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from tmc_export.api._schemes import GraphKind, PartSchemes
-from tmc_export.bundle.program import BlockProgram, CutProgram, GraphPhase, PhaseName, Program, StateProgram, TowerProgram, VisionProgram
+from tmc_export.bundle.program import (
+    BlockProgram,
+    CutProgram,
+    GraphPhase,
+    PhaseName,
+    Program,
+    RowSum,
+    StateProgram,
+    TowerProgram,
+    VisionProgram,
+)
 from tmc_export.export.capture import capture
 from tmc_export.export.checkpoint import Checkpoint, TensorSource, open_checkpoint
 from tmc_export.export.learned import LearnedSource
@@ -22,7 +32,7 @@ from tmc_export.export.store import WeightStore
 from tmc_export.export.text_tower import open_tower
 from tmc_export.families import FAMILIES
 from tmc_export.families._contract import DecoderParts, Family, ModelFiles
-from tmc_export.graphs._contract import TextTower
+from tmc_export.graphs._contract import Attention, TextTower
 from tmc_export.passes.pipeline import clean, finish, specialize
 from tmc_export.plan.states import entering, leaving_cut, leaving_vision
 from tmc_export.plan.towers import asked_towers
@@ -177,6 +187,7 @@ class _Exporter:
         return BlockProgram(
             index=plan.index, first=plan.first, last=plan.last, tokens=plan.tokens, capacity=plan.capacity,
             query_rows=dict(plan.query_rows), head=plan.head, phases=programs,
+            row_sums={layer: tuple(map(_row_sum, needs)) for layer, needs in plan.row_sums.items()},
         )  # fmt: skip
 
     def _block_inputs(self, plan: BlockPlan, last: bool) -> tuple[list[Tensor], list[dict[int, str] | None]]:
@@ -189,6 +200,9 @@ class _Exporter:
         symbols: list[dict[int, str] | None] = [{1: "T"}, {2: "T"}, {1: "T"}, {1: "T"}, {1: "P"}, {1: "P"}]
         if plan.since:
             inputs.append(torch.zeros(b, _T, dtype=long))
+            symbols.append({1: "T"})
+        if plan.row_sums:
+            inputs.append(torch.ones(b, _T, dtype=flag))
             symbols.append({1: "T"})
         if last:
             inputs.append(torch.zeros(b, dtype=long))
@@ -251,7 +265,7 @@ class _Exporter:
         return CutProgram(
             before_block=plan.before_block, layer=plan.layer, file=file, tokens_in=plan.tokens_in, tokens_out=plan.tokens_out,
             visual_in=plan.visual_in, visual_out=plan.visual_out, positions=plan.positions,
-            previous=bool(module.previous), next=bool(module.next),
+            previous=bool(module.previous), next=bool(module.next), sums=len(plan.summed),
             kv=tuple(sorted({i for s in plan.stages for i in s.after.kv_rows})), methods=tuple(s.method for s in plan.stages),
             text=module.text_places, entering=_states(given), leaving=_states(module.states.handed),
             towers=_numbers(towers),
@@ -286,12 +300,17 @@ class _Exporter:
                 torch.zeros(b, s, dtype=long), torch.zeros(b, c, dtype=long), torch.ones(b, c, dtype=flag),
                 torch.zeros(b, d.heads, rows, d.head_dim, dtype=self.dtype), torch.zeros(b, d.kv_heads, c, d.head_dim, dtype=self.dtype),
             ]  # fmt: skip
+        inputs += [torch.zeros(b, *([d.heads] if n.heads == "none" else []), s) for n in plan.summed]
         if module.next:
             c = self.plan.blocks[plan.before_block].capacity
             inputs += [
                 torch.zeros(b, c, dtype=long), torch.ones(b, c, dtype=flag), torch.zeros(b, d.kv_heads, c, d.head_dim, dtype=self.dtype),
             ]  # fmt: skip
         return inputs + [torch.zeros(h.shape, dtype=h.dtype) for h in module.entering]
+
+
+def _row_sum(need: Attention) -> RowSum:
+    return RowSum.model_validate({"rows": need.rows, "heads": need.heads})
 
 
 def _numbers(towers: Mapping[TextTower, TowerPlan]) -> tuple[int, ...]:

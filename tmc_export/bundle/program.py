@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-__all__ = ["BlockProgram", "CutProgram", "GraphPhase", "PhaseName", "Program", "StateProgram", "TowerProgram", "VisionProgram"]
+__all__ = ["BlockProgram", "CutProgram", "GraphPhase", "PhaseName", "Program", "RowSum", "StateProgram", "TowerProgram", "VisionProgram"]
 
 PhaseName = Literal["prefill", "chunk", "decode"]
 
@@ -94,8 +94,20 @@ class VisionProgram(_Frozen):
     towers: tuple[int, ...] = ()
 
 
+class RowSum(_Frozen):
+    """A sum over rows of a layer's attention map: which rows, and how heads are joined before."""
+
+    rows: Literal["all", "visual", "text"]
+    heads: Literal["mean", "max", "sum", "none"]
+
+
 class BlockProgram(_Frozen):
-    """A run of decoder layers `[first, last)` with its static graphs."""
+    """A run of decoder layers `[first, last)` with its static graphs.
+
+    Attributes:
+        query_rows: layer → the query rows that it hands out for the cut behind it, as `query.<l>`.
+        row_sums: layer → the sums that it hands out, as `sums.<l>.<n>`; its prefill and chunk graphs then take `text`.
+    """
 
     index: int
     first: int
@@ -103,6 +115,7 @@ class BlockProgram(_Frozen):
     tokens: int
     capacity: int
     query_rows: dict[int, Literal["last", "all"]] = Field(default_factory=dict)
+    row_sums: dict[int, tuple[RowSum, ...]] = Field(default_factory=dict)
     head: bool
     phases: dict[PhaseName, GraphPhase]
 
@@ -112,6 +125,7 @@ class CutProgram(_Frozen):
 
     Attributes:
         previous: it scores with the layer before: it gets that layer's keys and query rows.
+        sums: how many sums over rows of the layer before it takes from that layer's block.
         next: it scores with the layer after: it gets the keys that earlier turns left there.
         kv: earlier layers whose KV rows it prunes.
         methods: one per stage, each with its `kept.<n>`; a last stage that leaves no token (`visual_out` 0) has none.
@@ -130,6 +144,7 @@ class CutProgram(_Frozen):
     positions: Literal["keep", "renumber", "truncate"]
     previous: bool
     next: bool
+    sums: int = 0
     kv: tuple[int, ...] = ()
     methods: tuple[str, ...]
     text: int = 0

@@ -32,7 +32,7 @@ def show(report: PlanReport) -> None:
         "conversation"
     )
     marks = "; ~ uses unverified figures of the device" if report.clock.unverified else ""
-    side = ("attention rows that cuts compute on the side", _sides(report)) if any(c.scores for c in report.cost.cuts) else ()
+    side = ("attention rows that cuts compute on the side", _sides(report)) if any(c.scores or c.adding for c in report.cost.cuts) else ()
     parts = ("\ntokens of one picture", _stages(report), "decoder", _blocks(report), *side, f"{LABEL}{marks}", _compared(report))
     console.print(*parts, sep="\n")
     for line in (*_speedups(report), *_amdahl(report), *_memory(report), *(f"note: {note}" for note in report.notes)):
@@ -87,6 +87,9 @@ def _sides(report: PlanReport) -> Table:
     """What cuts compute to score tokens: query rows of a layer against its keys, and the projections of a layer to come."""
     table = _table("cut", "scores with", "query rows", "keys", "rows GFLOP", "q/k once more GFLOP")
     for cut, cost in zip(report.plan.cuts, report.cost.cuts, strict=True):
+        if cut.summed:
+            where = f"layer {cut.layer - 1}, the map of its own attention"
+            table.add_row(f"block_{cut.before_block - 1}", where, str(cost.summed[0]), str(cost.summed[1]), _giga(cost.adding), "-")
         for layer, (rows, keys), again in ((cut.layer - 1, cost.previous, 0), (cut.layer, cost.following, cost.duplicated)):
             if rows:
                 share = cost.scores * rows * keys // (cost.previous[0] * cost.previous[1] + cost.following[0] * cost.following[1])

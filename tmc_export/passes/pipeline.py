@@ -14,6 +14,7 @@ from tmc_export.passes.append_in_place import AppendInPlacePass
 from tmc_export.passes.assert_static import AssertStaticPass
 from tmc_export.passes.divide_by_root import DivideByRootPass
 from tmc_export.passes.drop_empty_inputs import DropEmptyInputsPass
+from tmc_export.passes.drop_outputs import DropOutputsPass
 from tmc_export.passes.fold_weight_transposes import FoldWeightTransposesPass
 from tmc_export.passes.fuse_decode_attention import FUSED, FuseDecodeAttentionPass
 from tmc_export.passes.group_query_heads import GroupQueryHeadsPass
@@ -78,6 +79,8 @@ def specialize(model: ir.Model, sizes: Mapping[str, int], name: str, *, append: 
     """
     static = model.clone()
     static.graph.name = name
+    if append:
+        ir.passes.Sequential(DropOutputsPass("sums."), common.RemoveUnusedNodesPass())(static)
     names = output_names(static)
     ir.passes.Sequential(SpecializeSizesPass(sizes), DropEmptyInputsPass())(static)
     _fold(static, iterations=3, infer_shapes=True)

@@ -132,6 +132,8 @@ class CutFlops:
     Attributes:
         previous, following: query rows and keys of the layer before the cut and of the one after it that the side path multiplies.
         scores: that side path: rows · keys · heads · head_dim · 2.
+        summed: query rows and keys of the map that the block before adds up itself.
+        adding: what that takes.
         duplicated: query and key projections of the next layer, computed once more.
         selection: comparisons, matching and merging, and learned weights.
     """
@@ -141,17 +143,19 @@ class CutFlops:
     scores: int
     duplicated: int
     selection: int
+    summed: tuple[int, int] = (0, 0)
+    adding: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.scores + self.duplicated + self.selection
+        return self.scores + self.duplicated + self.selection + self.adding
 
 
 def cut_flops(plan: Plan, cut: CutPlan) -> CutFlops:
     """Reckon one decoder cut for a full bucket."""
     d, query = plan.facts.decoder, plan.facts.decoder.heads * plan.facts.decoder.head_dim
-    previous, following = cut.attention("previous"), cut.attention("next")
+    previous, following = cut.scored("previous"), cut.attention("next")
     past = plan.blocks[cut.before_block - 1].capacity if previous else 0
     ahead = plan.blocks[cut.before_block].capacity + cut.tokens_in if following else 0
     text = cut.tokens_in - cut.visual_in
@@ -159,7 +163,10 @@ def cut_flops(plan: Plan, cut: CutPlan) -> CutFlops:
     duplicated = 2 * cut.tokens_in * d.width * (query + d.kv_heads * d.head_dim) if following else 0
     joining = cut.tokens_in * cut.tokens_out + cut.tokens_out * cut.visual_out
     each = [(selection_flops(s, d.head_dim) + learned_flops(s)) * (plan.images if s.scope == "image" else 1) for s in cut.stages]
-    return CutFlops((rows, past), (more, ahead), 2 * (rows * past + more * ahead) * query, duplicated, joining + sum(each))
+    summed = (cut.tokens_in, cut.tokens_in) if cut.summed else (0, 0)
+    adding = sum(summed[0] * summed[1] * ((d.heads + 2) if n.heads == "max" else 2 * d.heads) for n in cut.summed)
+    scores = 2 * (rows * past + more * ahead) * query
+    return CutFlops((rows, past), (more, ahead), scores, duplicated, joining + sum(each), summed, adding)
 
 
 def vision_stage_flops(vision: VisionPlan) -> int:

@@ -212,7 +212,7 @@ def _emptied(plan: Plan, site: Site) -> Plan:
             part = replace(
                 block, index=len(blocks), first=first, last=last, tokens=tokens, visual_tokens=visual, capacity=tokens + plan.new_tokens
             )
-            blocks.append(replace(part, head=block.head and last == block.last, query_rows={}))
+            blocks.append(replace(part, head=block.head and last == block.last, query_rows={}, row_sums={}))
     return replace(plan, blocks=tuple(blocks))
 
 

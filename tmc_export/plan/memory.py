@@ -186,9 +186,9 @@ def _tower_activations(plan: Plan, tower: TowerPlan, ort: bool) -> int:
 def _cut_activations(plan: Plan, cut: CutPlan) -> int:
     d = plan.facts.decoder
     hidden = (cut.tokens_in + cut.tokens_out) * d.width * 4
-    keys = plan.blocks[cut.before_block - 1].capacity if cut.attention("previous") else 0
+    keys = plan.blocks[cut.before_block - 1].capacity if cut.scored("previous") else 0
     ahead = plan.blocks[cut.before_block].capacity + cut.tokens_in if cut.attention("next") else 0
-    many = any(handed_rows(cut.attention(layer)) == "all" for layer in ("previous", "next"))
+    many = any(handed_rows(cut.scored(layer)) == "all" for layer in ("previous", "next"))
     # of a block of rows: products, weights and joined heads; and the query rows of the whole turn
     rows = 4 * d.heads * (3 * min(ROW_BLOCK, cut.tokens_in) * max(keys, ahead) + cut.tokens_in * d.head_dim) if many else 0
     return hidden + 2 * (keys + ahead) * d.heads * d.head_dim * 4 + rows + 9 * cut.tokens_in * cut.tokens_out

@@ -14,6 +14,7 @@ from tmc_export.graphs._contract import Attention, Layout, Positions, Segment, S
 from tmc_export.plan.entries import Entry, read_entries
 from tmc_export.plan.learned import bind
 from tmc_export.plan.rows import handed_rows
+from tmc_export.plan.sums import sum_in_blocks
 from tmc_export.plan.tied import broken_tie
 from tmc_export.plan.towers import read_towers
 from tmc_export.plan.types import BlockPlan, CutPlan, Plan, QuantizePlan, StagePlan, VisionPlan
@@ -45,7 +46,7 @@ def resolve(recipe: Recipe, files: ModelFiles, splits: Sequence[int] = ()) -> Pl
     if any(v.barrier for v in vision):
         blocks = tuple(replace(b, since=True) for b in blocks)
     _check_context(recipe, first, blocks[0].capacity)
-    return Plan(
+    plan = Plan(
         name=recipe.name,
         facts=first,
         dtype=recipe.model.dtype,
@@ -66,6 +67,7 @@ def resolve(recipe: Recipe, files: ModelFiles, splits: Sequence[int] = ()) -> Pl
         runtime=recipe.target.runtime,
         towers=towers,
     )
+    return sum_in_blocks(plan)
 
 
 def _sizes(recipe: Recipe, family: type[Family], files: ModelFiles) -> tuple[tuple[int, int], ...]:
@@ -308,7 +310,7 @@ def _decoder(
             if blocks and cut.attention("previous"):
                 blocks[-1] = replace(blocks[-1], query_rows={first - 1: handed_rows(cut.attention("previous"))})
         capacity = tokens(max(place.visual, place.alone)) + inputs.new_tokens
-        blocks.append(BlockPlan(index, first, last, tokens(place.visual), place.visual, capacity, {}, last == layers))
+        blocks.append(BlockPlan(index, first, last, tokens(place.visual), place.visual, capacity, head=last == layers))
     return tuple(blocks), tuple(cuts)
 
 

@@ -51,6 +51,6 @@ def text_places(cut: CutPlan) -> int:
 
 
 def _apart(cut: CutPlan, layer: Literal["previous", "next"]) -> tuple[Attention, ...]:
-    needs = cut.attention(layer)
+    needs = cut.scored(layer)
     together = swept(needs)
     return tuple(n for n in needs if n not in together)

@@ -138,6 +138,7 @@ class CutPlan:
         tokens_in, tokens_out: S of the block before and of the block after.
         visual_in, visual_out: candidates and kept tokens over all pictures of the bucket.
         positions: what happens to the rotary positions.
+        summed: attention needs of the layer before that its block adds up itself; see `plan.sums`.
     """
 
     before_block: int
@@ -148,11 +149,16 @@ class CutPlan:
     visual_in: int
     visual_out: int
     positions: Positions
+    summed: tuple[Attention, ...] = ()
 
     def attention(self, layer: Literal["previous", "next"]) -> tuple[Attention, ...]:
         """Return the attention needs of this cut for the layer before or after it."""
         needs = [n for s in self.stages for n in s.stage.needs if isinstance(n, Attention) and n.layer == layer]
         return tuple(dict.fromkeys(needs))
+
+    def scored(self, layer: Literal["previous", "next"]) -> tuple[Attention, ...]:
+        """Return those that the compress graph computes from query rows and keys itself."""
+        return tuple(n for n in self.attention(layer) if n not in self.summed)
 
 
 @dataclass(frozen=True)
@@ -168,6 +174,7 @@ class BlockPlan:
         query_rows: layer → which scaled query rows the block hands out for the cut after it.
         head: the block ends in the norm and the output head.
         since: the mask takes a first place that each token sees.
+        row_sums: layer → sums over rows of its attention map that the block hands out for the cut after it.
     """
 
     index: int
@@ -179,6 +186,7 @@ class BlockPlan:
     query_rows: Mapping[int, Literal["last", "all"]] = field(default_factory=dict)
     head: bool = False
     since: bool = False
+    row_sums: Mapping[int, tuple[Attention, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from tmc_export.core.errors import BundleError, RuntimeInputError
 from tmc_export.runtime._backend import Backend, Graph
 from tmc_export.runtime._barrier import since_of
 from tmc_export.runtime._slots import BlockSlots
+from tmc_export.runtime._sums import columns_of_turn, pad_columns
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -233,23 +234,27 @@ class Decoder:
         return route
 
     def _block(self, slots: BlockSlots, flow: _Flow, route: str, trace: TurnTrace) -> dict[str, Array]:
-        """Run one block over the flow; returns its query rows."""
+        """Run one block over the flow; returns its query rows, and its sums over rows `[1, …, n]`, one column per token of the turn."""
         spec = slots.block.phases["prefill" if route == "whole" else "chunk"]
         graph = self._backend.graph(spec.file)
         step = spec.tokens
         parts: list[Array] = []
         rows: dict[str, list[Array]] = {}
+        sums: dict[str, Array] = {}
         for start in range(0, flow.count, step):
             piece = slice(start, min(start + step, flow.count))
             out = self._run(graph, slots, flow, piece, step)
             parts.append(out["logits"] if slots.block.head else out["hidden_out"][0, : piece.stop - piece.start])
             for name in (n for n in out if n.startswith("query.")):
                 rows.setdefault(name, []).append(out[name])
+            for name in (n for n in out if n.startswith("sums.")):
+                columns = columns_of_turn(out[name], spec.past, slots.used - piece.stop, flow.count, piece)
+                sums[name] = sums[name] + columns if name in sums else columns
         if slots.block.head:
             trace.logits = parts[-1][0].astype(np.float32)
         else:
             flow.hidden = np.concatenate(parts)
-        return {n: self._rows(slots.block, n, found, flow.count) for n, found in rows.items()}
+        return sums | {n: self._rows(slots.block, n, found, flow.count) for n, found in rows.items()}
 
     def _rows(self, block: BlockProgram, name: str, found: list[Array], count: int) -> Array:
         if block.query_rows[int(name.split(".")[1])] == "last":
@@ -264,6 +269,7 @@ class Decoder:
             "positions": _pad(flow.positions[:, piece].T, width).T[:, None].copy(),
             "order": _pad(order, width, -1)[None],
             "valid": (np.arange(width) < count)[None],
+            "text": _pad(flow.group[piece] == 0, width)[None],
             "last": np.array([count - 1]),
             **({"since": _pad(flow.since[piece], width)[None]} if self.program.barrier else {}),
             **slots.feed(),
@@ -299,6 +305,7 @@ class Decoder:
             slots = starts[cut.before_block - 1] + np.arange(count)
             feed |= {"slots": _pad(slots, size)[None], "slot_order": before.order, "slot_valid": before.valid}
             feed |= {f"query.{layer}": query, f"key.{layer}": before.key(layer)}
+        feed |= {name: pad_columns(found, size) for name, found in queries.items() if name.startswith("sums.")}
         if cut.next:
             after = self.slots[cut.before_block]
             feed |= {"next_order": after.order, "next_valid": after.valid, f"next_key.{cut.layer}": after.key(cut.layer)}

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tmc_export.graphs._contract import Attention, Need
 from tmc_export.plan.rows import ROW_BLOCK, is_sum, swept
+from tmc_export.surgery._sums import Totals, add_rows, add_up, by_need, members_of
 from tmc_export.surgery.attention import additive_mask
 from tmc_export.surgery.stages import join_heads
 
@@ -124,24 +125,13 @@ def _weights(needs: Sequence[Attention], query: Tensor, order: Tensor, keys: Key
 
 def _sweep(needs: Sequence[Attention], rows: QuerySide, keys: KeySide) -> dict[Need, Tensor]:
     """Go over all rows once and add each up where it belongs."""
-    member = {"all": rows.valid, "text": rows.text, "visual": rows.valid & ~rows.text}
-    totals: dict[tuple[str, bool], Tensor] = {}
-    kinds = {key: [n for n in needs if (n.heads, n.logits) == key] for key in dict.fromkeys((n.heads, n.logits) for n in needs)}
+    member = members_of(rows.valid, rows.text)
+    totals: Totals = {}
     for block in _blocks(rows.query.shape[2]):
         weights = _weights(needs, rows.query[:, :, block], rows.order[:, block], keys)
-        for key, same in kinds.items():
-            which = torch.stack([member[n.rows][:, block] for n in same], 1).float()  # [b, u, R]
-            if same[0].heads in ("mean", "sum"):  # rows first: a product reads the map once, where a mean over heads would write one, too
-                part = join_heads(_add_up(which, weights[same[0].logits]), same[0])
-            else:
-                part = _add_up(which, join_heads(weights[same[0].logits], same[0]))
-            totals[key] = totals[key] + part if key in totals else part
-    return {n: totals[key][..., i, :] for key, same in kinds.items() for i, n in enumerate(same)}
-
-
-def _add_up(which: Tensor, values: Tensor) -> Tensor:
-    """Sum rows: `[b, u, R]` with `[b, R, s]` → `[b, u, s]`; with a head axis after the batch, that stays."""
-    return (which if values.dim() == 3 else which[:, None]) @ values
+        part = add_rows(needs, weights, {name: which[:, block] for name, which in member.items()})
+        totals = {key: totals[key] + found if key in totals else found for key, found in part.items()}
+    return by_need(needs, totals)
 
 
 def _few(needs: Sequence[Attention], rows: _Picked, keys: KeySide) -> dict[Need, Tensor]:
@@ -153,7 +143,7 @@ def _few(needs: Sequence[Attention], rows: _Picked, keys: KeySide) -> dict[Need,
         for need in needs:
             values = joined[need.heads, need.logits]
             if is_sum(need):
-                parts[need].append(_add_up(alive[:, None].float(), values))
+                parts[need].append(add_up(alive[:, None].float(), values))
             else:
                 seen = alive[:, :, None] if values.dim() == 3 else alive[:, None, :, None]
                 parts[need].append(values if need.rows == "last" else torch.where(seen, values, 0.0))

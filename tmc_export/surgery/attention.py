@@ -18,8 +18,19 @@ import torch
 from torch import Tensor
 
 from tmc_export.core.errors import ExportError
+from tmc_export.graphs._contract import Attention, Need
+from tmc_export.surgery._sums import add_rows, by_need
 
-__all__ = ["IMPLEMENTATION", "MASKED", "AttentionState", "additive_mask", "expand_heads", "recording", "register_attention"]
+__all__ = [
+    "IMPLEMENTATION",
+    "MASKED",
+    "AttentionState",
+    "additive_mask",
+    "expand_heads",
+    "recording",
+    "register_attention",
+    "static_attention",
+]
 
 IMPLEMENTATION = "tmc_static"
 MASKED = -3.0e4
@@ -35,17 +46,23 @@ class AttentionState:
         masks: layer → additive mask `[b, 1, T, P+T]`.
         wanted: layer → which query rows to record.
         last: `[b]` row of the last valid token.
+        summed: layer → sums over rows of its map to record.
+        member: which rows belong to which sum; see `_sums.members_of`.
         keys, values: recorded, `[b, g, T, d]`.
         queries: recorded, scaled, `[b, h, 1 | T, d]`.
+        sums: recorded, per need `[b, P+T]`, with `heads="none"` `[b, h, P+T]`.
     """
 
     past: Mapping[int, tuple[Tensor, Tensor]]
     masks: Mapping[int, Tensor]
     wanted: Mapping[int, Literal["last", "all"]] = field(default_factory=dict)
     last: Tensor | None = None
+    summed: Mapping[int, tuple[Attention, ...]] = field(default_factory=dict)
+    member: Mapping[str, Tensor] = field(default_factory=dict)
     keys: dict[int, Tensor] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
     queries: dict[int, Tensor] = field(default_factory=dict)
+    sums: dict[int, dict[Need, Tensor]] = field(default_factory=dict)
 
 
 _STATE: ContextVar[AttentionState | None] = ContextVar("tmc_attention_state", default=None)
@@ -94,9 +111,26 @@ def additive_mask(
     return torch.where(visible, 0.0, MASKED).to(dtype)[:, None]
 
 
-def _static_attention(
+def static_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None, **options: Any
 ) -> tuple[Tensor, None]:
+    """Attend with the new rows to the past and to each other, and record what the state in force asks for.
+
+    Args:
+        module: the layer's attention; its number and the channels of a head are read.
+        query: `[b, h, T, d]`, rotated.
+        key: `[b, g, T, d]`, rotated.
+        value: `[b, g, T, d]`.
+        attention_mask: not used; the state has the mask.
+        scaling: of the products; `d ** -0.5` where none is given.
+        options: what transformers hands on; `softcap` is refused.
+
+    Returns:
+        `[b, T, h, d]`, and no weights.
+
+    Raises:
+        ExportError: no state is in force, or the layer caps its scores.
+    """
     state = _STATE.get()
     if state is None:
         raise ExportError(
@@ -117,6 +151,8 @@ def _static_attention(
     keys = expand_heads(torch.cat([past_key, key], 2), query.shape[1])
     values = expand_heads(torch.cat([past_value, value], 2), query.shape[1])
     weights = (query @ keys.transpose(-1, -2) + state.masks[layer]).softmax(-1)
+    if needs := state.summed.get(layer):
+        state.sums[layer] = by_need(needs, add_rows(needs, {False: weights}, state.member))
     return (weights @ values).transpose(1, 2).contiguous(), None
 
 
@@ -124,5 +160,5 @@ def register_attention() -> str:
     """Register the function with transformers and return the name a model is to be made with."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(IMPLEMENTATION, _static_attention)
+    AttentionInterface.register(IMPLEMENTATION, static_attention)
     return IMPLEMENTATION

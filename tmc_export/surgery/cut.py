@@ -3,10 +3,10 @@
 Inputs, in order: `hidden [b, S, c]`, `positions [r, b, S]`, `order [b, S]`, `valid [b, S]`, `group [b, S]` (0 text, else picture 1…m),
 `candidates [b, m·v]` (places of the visual tokens in S), `candidate_valid [b, m·v]`, `last [b]`; where a stage reads the text:
 `text_places [b, t]` (places of the text tokens in S, in order) and `text_valid [b, t]`; for attention of the layer before:
-`slots [b, S]` (KV slot of each token), `slot_order`, `slot_valid` `[b, C]`, `query.<l>` and `key.<l>` `[b, g, C, d]`; for attention of the
-layer after: `next_order`, `next_valid` `[b, C']` and `next_key.<l>` `[b, g, C', d]` (what earlier turns left in the next block); then
-`past_state.<entry>.<name>`, what a recipe entry's last stage in an earlier graph left, and `text.<n>` `[b·m, width]`, what a text tower
-made of each picture's question.
+`slots [b, S]` (KV slot of each token), `slot_order`, `slot_valid` `[b, C]`, `query.<l>` and `key.<l>` `[b, g, C, d]`, or
+`sums.<l>.<n> [b, S]` where that layer's block adds up its map itself (`plan.sums`); for attention of the layer after: `next_order`,
+`next_valid` `[b, C']` and `next_key.<l>` `[b, g, C', d]` (what earlier turns left in the next block); then `past_state.<entry>.<name>`,
+what a recipe entry's last stage in an earlier graph left, and `text.<n>` `[b·m, width]`, what a text tower made of each picture's question.
 Outputs: `hidden_out [b, S', c]`, `source` and `place` `[b, S']` (which token of S a token has its rotary position, and its place in the
 conversation, from; see `sequence`), `valid_out [b, S']`, then per stage `kept.<n>` `[b, m·k]` (index among the arriving candidates, -2
 synthetic, -1 none; a stage that leaves no token has no such output), `kv.<l>` `[b, S]` where the method prunes KV of an earlier layer, and
@@ -30,6 +30,7 @@ from tmc_export.plan.rows import text_places
 from tmc_export.plan.types import CutPlan, StagePlan, TowerPlan
 from tmc_export.surgery._rows import KeySide, QuerySide, row_scores
 from tmc_export.surgery._states import Handed, StateBook, by_entry
+from tmc_export.surgery._sums import sum_name
 from tmc_export.surgery.attention import AttentionState, expand_heads, recording
 from tmc_export.surgery.learned import Learned
 from tmc_export.surgery.sequence import Candidates, arriving, assemble, leave, members
@@ -85,7 +86,7 @@ class Cut(nn.Module):
         super().__init__()
         self.learned = Learned(plan.stages, dtype)
         self._parts, self.plan, self.images, self.facts, self.windows = parts, plan, images, facts, windows
-        self.previous, self.next = plan.attention("previous"), plan.attention("next")
+        self.previous, self.next = plan.scored("previous"), plan.attention("next")
         self.text_places = text_places(plan)
         self.entering, self.states, self.towers = tuple(entering), StateBook(leaving), dict(towers)
         self.scored_layer = parts.layers[plan.layer] if self.next else None
@@ -98,6 +99,7 @@ class Cut(nn.Module):
         if self.previous:
             layer = self.plan.layer - 1
             names += ["slots", "slot_order", "slot_valid", f"query.{layer}", f"key.{layer}"]
+        names += [sum_name(self.plan.layer - 1, n) for n in range(len(self.plan.summed))]
         if self.next:
             names += ["next_order", "next_valid", f"next_key.{self.plan.layer}"]
         return names + [h.input for h in self.entering] + text_inputs(self.towers)
@@ -126,6 +128,7 @@ class Cut(nn.Module):
         places, places_valid = given.get("text_places", candidates[:, :0]), given.get("text_valid", candidate_valid[:, :0])
         turn = _Turn(hidden, positions, order, valid, last, valid & (group == 0), places, places_valid)
         scores = self._previous_scores(turn, given)
+        scores |= {need: given[sum_name(self.plan.layer - 1, n)].float() for n, need in enumerate(self.plan.summed)}
         scores |= self._next_scores(turn, given)
         texts = texts_by_need(self.towers, [given[name] for name in text_inputs(self.towers)])
         left: Candidates | None = arriving(hidden, candidates, candidate_valid)

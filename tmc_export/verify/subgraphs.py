@@ -18,8 +18,10 @@ from tmc_export.bundle.program import BlockProgram, CutProgram, GraphPhase, Prog
 from tmc_export.runtime._backend import Backend, BackendOptions, open_backend
 from tmc_export.runtime._barrier import since_of
 from tmc_export.runtime._chat import expand_image_tokens
+from tmc_export.runtime._sums import columns_of_turn, pad_columns
 from tmc_export.runtime._text_tower import TextTowers
 from tmc_export.verify._states import compare_states, entering_state
+from tmc_export.verify._sums import expected_sums
 from tmc_export.verify._trace import BlockTrace
 from tmc_export.verify.compare import Check, compare_indices, compare_tensor
 from tmc_export.verify.play import by_cut, expected_places, is_tie, live_places
@@ -137,6 +139,11 @@ class _Runner:
                 want = trace.queries[layer][:, -1:] if rows == "last" else trace.queries[layer][:, start:]
                 got = None if made is None else made[0, :, : want.shape[1]]
                 yield compare_tensor(f"{label}/query {layer}", got, want, self.tolerance, spec.file)
+            for layer, sums in block.row_sums.items() if phase != "decode" else ():  # a generated token is followed by no cut
+                for number, (one, want) in enumerate(zip(sums, expected_sums(trace, layer, sums, start), strict=True)):
+                    made = out.get(f"sums.{layer}.{number}")
+                    got = None if made is None else columns_of_turn(made[0], spec.past, 0, count, slice(start, count))
+                    yield compare_tensor(f"{label}/sum of {one.rows} rows, layer {layer}", got, want, self.tolerance, spec.file)
             if block.head:
                 logits = out["logits"] if "logits" in out else None
                 yield compare_tensor(f"{label}/logits", logits, turn.expected.logits[:1], self.tolerance, spec.file)
@@ -158,6 +165,7 @@ class _Runner:
             "positions": np.ascontiguousarray(_pad(trace.positions[:, start:].T, width).T[:, None]),
             "order": _pad(order, width, -1)[None],
             "valid": (np.arange(width) < order.shape[0])[None],
+            "text": _pad(trace.group[start:] == 0, width)[None],
             "last": np.array([order.shape[0] - 1]),
             "since": _pad(since_of(trace.group, trace.order, self.program.barrier, 0)[0][start:], width)[None],
             "past_order": _pad(trace.order[:start], past)[None],
@@ -259,6 +267,11 @@ class _Runner:
             feed |= {"slots": _pad(np.arange(count), size)[None], "slot_order": _pad(order, slots)[None]}
             feed |= {"slot_valid": (np.arange(slots) < count)[None], f"query.{layer}": query}
             feed[f"key.{layer}"] = self._slots(before.keys[layer], slots)
+        if cut.sums and before is not None:
+            layer = cut.layer - 1
+            sums = expected_sums(before, layer, self.program.blocks[cut.before_block - 1].row_sums[layer], 0)
+            for number, columns in enumerate(sums):
+                feed[f"sums.{layer}.{number}"] = pad_columns(columns, size)[None]
         if cut.next:
             slots = self.program.blocks[cut.before_block].capacity
             feed |= {"next_order": np.zeros((1, slots), np.int64), "next_valid": np.zeros((1, slots), np.bool_)}
