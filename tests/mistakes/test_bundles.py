@@ -14,12 +14,13 @@ from tests._tiny import listing, tmc
 from tmc_export import cli
 
 VERBS = cli.main.list_commands(click.Context(cli.main))
-READERS = [v for v in ("run", "inspect", "engine", "doctor", "verify", "bench") if v in VERBS]
+READERS = [v for v in ("run", "inspect", "engine", "doctor", "verify", "bench", "replay") if v in VERBS]
 """Verbs that take a bundle."""
 
 
 def call(verb: str, bundle: Path) -> list[object]:
-    return [verb, bundle, "--prompt", "what", "--threads", 1] if verb == "run" else [verb, bundle]
+    needed = {"run": ["--prompt", "what", "--threads", 1], "replay": ["-o", bundle.parent / "outputs.npz"]}
+    return [verb, bundle, *needed.get(verb, [])]
 
 
 def refused(verb: str, bundle: Path, *says: str, code: int = 4) -> None:

@@ -11,24 +11,30 @@ __all__ = ["command"]
 @click.argument("bundle", type=click.Path())
 @click.option("--model", type=click.Path(), help="The checkpoint's folder: climb the full ladder (needs the extra 'export').")
 @click.option("--recipe-folder", type=click.Path(), help="With --model: where the recipe's relative paths start (learned weights).")
+@click.option("--outputs", type=click.Path(), metavar="FILE", help="What `tmc-export replay` saved on a device: compare that instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
-def command(bundle: str, model: str | None, recipe_folder: str | None, as_json: bool) -> None:
+def command(bundle: str, model: str | None, recipe_folder: str | None, outputs: str | None, as_json: bool) -> None:
     """Check the hashes of BUNDLE and play its recorded conversations; no torch, no checkpoint.
 
-    With --model every subgraph, and the bundle as a whole, is compared with the model itself. A rung that cannot run says so. Exit code 4
-    means that something differs; the first bad subgraph is named.
+    With --model every subgraph, and the bundle as a whole, is compared with the model itself. With --outputs nothing is played: what a
+    device saved is judged by the same tolerances. A rung that cannot run says so. Exit code 4 means that something differs; the first bad
+    subgraph is named.
     """
     import json
     from pathlib import Path
 
     from tmc_export.core.lazy import require
-    from tmc_export.verify.ladder import climb, recorded_ladder
+    from tmc_export.verify.ladder import climb, recorded_ladder, saved_ladder
 
     def say(rung: str) -> None:
         if not as_json:
             click.echo(f"checking {rung} ...", err=True)
 
-    if model is None:
+    if outputs is not None:
+        if model is not None or recipe_folder is not None:
+            raise click.UsageError("--outputs compares saved outputs with what the bundle recorded; leave --model and --recipe-folder out")
+        ladder = saved_ladder(Path(bundle), Path(outputs), say)
+    elif model is None:
         ladder = recorded_ladder(Path(bundle), say)
     else:
         for package in ("torch", "transformers"):

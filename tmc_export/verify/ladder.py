@@ -14,7 +14,7 @@ from pathlib import Path
 from tmc_export.bundle.manifest import Manifest
 from tmc_export.bundle.read import check_files, open_manifest
 from tmc_export.bundle.write import hash_file
-from tmc_export.core.errors import ModelError, ParityError
+from tmc_export.core.errors import ModelError, ParityError, RuntimeInputError
 from tmc_export.families._contract import ModelFiles
 from tmc_export.plan.describe import plan_json
 from tmc_export.plan.make import make_plan
@@ -25,9 +25,10 @@ from tmc_export.runtime.session import load
 from tmc_export.verify.play import play
 from tmc_export.verify.recorded import Case, read_cases
 from tmc_export.verify.rungs import Ladder, Rung, not_run, rung_of
+from tmc_export.verify.saved import check_identity, judge_saved, read_outputs
 from tmc_export.verify.tolerances import Precision, tolerance
 
-__all__ = ["RUNGS", "climb", "recorded_ladder"]
+__all__ = ["RUNGS", "climb", "recorded_ladder", "saved_ladder"]
 
 Progress = Callable[[str], None]
 
@@ -41,6 +42,8 @@ RUNGS = (
     "quantized",
     "TensorRT",
 )
+SAVED = "saved outputs"
+"""The rung of `saved_ladder`."""
 _NO_CHECKPOINT = "needs the checkpoint; give --model"
 _NO_GPU = "engines are executed on the device only: run tmc-export verify there with its backend"
 
@@ -78,6 +81,35 @@ def _end_to_end(bundle: Path, cases: Sequence[Case], precision: Precision) -> tu
     how = "int4 at onnxruntime accuracy level 1" if precision == "int4" else precision
     why = "the graphs hold reduced precision; the next rung but one plays them"
     return not_run(end, why), rung_of(quantized, checks, f"{how}; {note}")
+
+
+def saved_ladder(bundle: Path, outputs: Path, progress: Progress = lambda _: None) -> Ladder:
+    """Verify what a device saved: every hash of the bundle, and the outputs against the recorded reference, as the end-to-end rung judges.
+
+    Args:
+        bundle: the folder that was played on the device.
+        outputs: what `tmc-export replay` wrote there.
+        progress: called with the name of each rung before it runs.
+
+    Raises:
+        BundleError: files are missing, changed or damaged.
+        RuntimeInputError: `outputs` cannot be read, or the bundle holds no recorded conversations.
+        ParityError: `outputs` belongs to another bundle.
+    """
+    progress(RUNGS[0])
+    manifest = open_manifest(bundle)
+    check_files(bundle, manifest)
+    files = Rung(RUNGS[0], "passed", f"{len(manifest.files)} files have their sha256")
+    progress(SAVED)
+    cases, saved = list(read_cases(bundle)), read_outputs(outputs)
+    if not cases:
+        raise RuntimeInputError(f"{bundle} holds no recorded conversations to compare with; build it without --no-record")
+    check_identity(outputs, saved, manifest)
+    precision = _precision_of_manifest(manifest)
+    checks = list(judge_saved(saved, manifest.program, cases, tolerance("end_to_end", precision), precision))
+    steps = sum(len(t.expected.tokens) for c in cases for t in c.turns)
+    how = "prefilled whole and in chunks" if "chunked" in saved.routes else "in chunks: not run"
+    return Ladder((files, rung_of(SAVED, checks, f"made by {saved.made_by}; {len(cases)} conversations, {steps} steps, {how}")))
 
 
 def _precision_of_manifest(manifest: Manifest) -> Precision:

@@ -5,15 +5,15 @@ Legend: n tokens of the turn, v visual tokens of a picture, m pictures of the bu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from tmc_export.bundle.program import CutProgram
-from tmc_export.runtime._decoder import Route, TurnTrace
-from tmc_export.runtime.session import Prompt, Session
+from tmc_export.bundle.program import CutProgram, Program
+from tmc_export.runtime._decoder import Route
+from tmc_export.runtime.session import Session
 from tmc_export.verify._trace import StageTrace
 from tmc_export.verify.compare import Check, compare_indices, compare_logits, compare_tensor
 from tmc_export.verify.recorded import Case, CaseTurn
@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-__all__ = ["by_cut", "expected_places", "is_tie", "live_places", "play"]
+__all__ = ["Player", "TurnOutputs", "by_cut", "expected_places", "is_tie", "judge_turn", "live_places", "play"]
+
+TurnOutputs: TypeAlias = Mapping[str, "Array"]
+"""What a turn gave: `logits` float `[t, vocabulary]`, `tokens` int64 `[t]` (the likeliest at each step), `rows` int64 `[layers]` (KV rows
+filled), per picture of the turn `picture.<p>.tokens` `[v, c]` and `picture.<p>.source.<n>` int64 `[k]`, and per stage of a cut
+`kept.<block>.<n>` int64 `[m·k]`, as `TurnTrace.kept` has them."""
 
 
 def play(session: Session, cases: Iterable[Case], tolerance: Tolerance, precision: str, route: Route = "auto") -> tuple[Check, ...]:
@@ -42,61 +47,93 @@ def play(session: Session, cases: Iterable[Case], tolerance: Tolerance, precisio
     """
     checks: list[Check] = []
     for case in cases:
-        session.reset()
-        ids: list[int] = []
-        pixels: list[tuple[int, Array]] = []
-        questions: list[str] = []
-        for number, turn in enumerate(case.turns):
-            if session.program.turns == "recompute":
-                session.decoder.reset()
-            else:
-                ids, pixels, questions = [], [], []
-            ids += turn.ids
-            pixels += [(b, p[None].astype(session.program.dtype)) for b, p in zip(turn.buckets, turn.pixels, strict=True)]
-            questions += [turn.text] * len(turn.pixels)
-            name = f"{case.name}/turn {number + 1}"
+        player = Player(session, route)
+        for number, turn in enumerate(case.turns, start=1):
+            name = f"{case.name}/turn {number}"
             try:
-                found = list(_play_turn(session, name, session.prompt(ids, pixels, questions), turn, tolerance, precision, route))
+                found = list(judge_turn(name, player.turn(turn), turn, session.program, tolerance, precision))
             except KeyError as error:
                 found = [Check(name, None, False, f"the output {error} is missing")]
             checks += found
-            ids += turn.expected.tokens[:-1]
             if any(c.exceptions for c in found):
                 break
     return tuple(checks)
 
 
-def _play_turn(
-    session: Session, name: str, laid: Prompt, turn: CaseTurn, tolerance: Tolerance, precision: str, route: Route
-) -> Iterable[Check]:
-    want, program = turn.expected, session.program
-    earlier = len(laid.pixels) - len(turn.pixels)  # pictures of the turns before, where turns are recomputed
+class Player:
+    """Plays one recorded conversation through a session, turn by turn, along the recorded answers.
+
+    Args:
+        session: the bundle; its conversation is lost.
+        route: see `Decoder.turn`.
+    """
+
+    def __init__(self, session: Session, route: Route = "auto") -> None:
+        self._session, self._route = session, route
+        self._ids: list[int] = []
+        self._pixels: list[tuple[int, Array]] = []
+        self._questions: list[str] = []
+        session.reset()
+
+    def turn(self, turn: CaseTurn) -> TurnOutputs:
+        """Play the next turn; what comes out is named as `TurnOutputs` says.
+
+        Raises:
+            KeyError: a graph lacks an output.
+        """
+        session = self._session
+        if session.program.turns == "recompute":
+            session.decoder.reset()
+        else:
+            self._ids, self._pixels, self._questions = [], [], []
+        self._ids += turn.ids
+        self._pixels += [(b, p[None].astype(session.program.dtype)) for b, p in zip(turn.buckets, turn.pixels, strict=True)]
+        self._questions += [turn.text] * len(turn.pixels)
+        try:
+            laid = session.prompt(self._ids, self._pixels, self._questions)
+            trace = session.run_prompt(laid, self._route)
+            logits = np.stack([trace.logits, *(session.decoder.step(token) for token in turn.expected.tokens[:-1])])
+        finally:
+            self._ids += turn.expected.tokens[:-1]
+        rows = [s.used for s in session.decoder.slots for _ in range(s.block.first, s.block.last)]
+        found = {"logits": logits, "tokens": logits.argmax(-1).astype(np.int64), "rows": np.array(rows, np.int64)}
+        earlier = len(laid.pixels) - len(turn.pixels)  # pictures of the turns before, where turns are recomputed
+        for picture in range(len(turn.pixels)):
+            found[f"picture.{picture}.tokens"] = laid.tokens[earlier + picture]
+            sources = laid.sources[earlier + picture]
+            found |= {f"picture.{picture}.source.{n}": np.asarray(s, np.int64) for n, s in enumerate(sources)}
+        return found | {f"kept.{block}.{stage}": places for (block, stage), places in trace.kept.items()}
+
+
+def judge_turn(name: str, got: TurnOutputs, turn: CaseTurn, program: Program, tolerance: Tolerance, precision: str) -> Iterable[Check]:
+    """Compare what a turn gave with what the reference answered; see `play`."""
+    want = turn.expected
     for picture, tokens_wanted in enumerate(want.vision):
         file = program.vision[turn.buckets[picture]].file
-        kept = list(_sources(name, laid.sources[earlier + picture], picture, want.stages, precision, file))
+        kept = list(_sources(name, got, picture, want.stages, precision, file))
         yield from kept
         if any(c.exceptions for c in kept):
             yield Check(f"{name}/picture {picture + 1}/tokens", file, True, "left out: another choice, within the tie margin")
             return
-        yield compare_tensor(f"{name}/picture {picture + 1}/tokens", laid.tokens[earlier + picture], tokens_wanted, tolerance, file)
-    trace = session.run_prompt(laid, route)
-    kept = [c for cut in program.cuts for c in _kept(name, cut, trace, want.stages, program.images, precision)]
+        yield compare_tensor(f"{name}/picture {picture + 1}/tokens", got.get(f"picture.{picture}.tokens"), tokens_wanted, tolerance, file)
+    kept = [c for cut in program.cuts for c in _kept(name, cut, got, want.stages, program.images, precision)]
     yield from kept
     if any(c.exceptions for c in kept):
         yield Check(f"{name}/logits", None, True, "left out: another token was kept, within the tie margin")
         return
-    logits = [trace.logits, *(session.decoder.step(token) for token in want.tokens[:-1])]
-    yield compare_logits(f"{name}/logits", np.stack(logits), want.logits, tolerance)
-    rows = tuple(s.used for s in session.decoder.slots for _ in range(s.block.first, s.block.last))
-    fine = rows == want.cache_rows
-    yield Check(f"{name}/KV rows", None, fine, "" if fine else f"{rows} rows are filled, the reference holds {want.cache_rows}")
+    yield compare_logits(f"{name}/logits", got.get("logits"), want.logits, tolerance)
+    rows = got.get("rows")
+    filled = None if rows is None else tuple(int(r) for r in rows)
+    fine = filled == want.cache_rows
+    note = "the output is missing" if filled is None else f"{filled} rows are filled, the reference holds {want.cache_rows}"
+    yield Check(f"{name}/KV rows", None, fine, "" if fine else note)
 
 
-def _sources(name: str, got: Sequence[Array], picture: int, stages: Sequence[StageTrace], precision: str, file: str) -> Iterable[Check]:
+def _sources(name: str, got: TurnOutputs, picture: int, stages: Sequence[StageTrace], precision: str, file: str) -> Iterable[Check]:
     """Compare the original indices that leave each stage of the vision graph."""
     wanted = [s for s in stages if s.picture == picture + 1 and not s.at.startswith("decoder")]
     for number, stage in enumerate(wanted):
-        found = np.asarray(got[number], np.int64) if number < len(got) else None
+        found = got.get(f"picture.{picture}.source.{number}")
         label = f"{name}/picture {picture + 1}/{stage.method} at {stage.at}"
         tied = found is not None and stage.excuses_source(found, margin_bound(precision))
         yield compare_indices(label, found, stage.source, tied=tied, margin=stage.margin, subgraph=file)
@@ -143,11 +180,10 @@ def is_tie(traces: Sequence[StageTrace], got: Array | None, cut: CutProgram, ima
     return True
 
 
-def _kept(name: str, cut: CutProgram, trace: TurnTrace, stages: Sequence[StageTrace], images: int, precision: str) -> Iterable[Check]:
+def _kept(name: str, cut: CutProgram, got: TurnOutputs, stages: Sequence[StageTrace], images: int, precision: str) -> Iterable[Check]:
     """Compare what a cut kept, stage by stage."""
     for number, traces in enumerate(by_cut(stages, cut.layer)):
-        got = trace.kept.get((cut.before_block, number))
-        live = live_places(got)
+        live = live_places(got.get(f"kept.{cut.before_block}.{number}"))
         tied = is_tie(traces, live, cut, images, margin_bound(precision))
         margins = [t.margin for t in traces if t.margin is not None]
         label = f"{name}/{traces[0].method} at {traces[0].at}"
