@@ -29,7 +29,7 @@ def light_imports() -> list[str]:
     root = Path(tmc_export.__file__).parent
     rooms = [
         r
-        for r in ("core", "recipe", "families", "graphs", "plan", "engine", "bundle", "runtime", "report", "api")
+        for r in ("core", "recipe", "families", "graphs", "plan", "engine", "bundle", "runtime", "debug", "report", "api")
         if any((root / r).glob("*.py"))
     ]
     verbs = [f"commands.{p.stem}" for p in sorted((root / "commands").glob("[!_]*.py"))]

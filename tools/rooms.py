@@ -59,6 +59,7 @@ ROOMS = {
     "bundle": _rule("core", never=MODELS | GRAPHS),
     "runtime": _rule("core bundle", top="onnxruntime", never=MODELS | GRAPHS, light="numpy PIL jinja2 tokenizers cuda"),
     "verify": _rule("*", top="torch transformers onnx onnx_ir"),
+    "debug": _rule("core bundle runtime verify engine recipe api"),
     "report": _rule("*"),
     "api": _rule("*", top="torch transformers onnx onnx_ir"),  # its __init__ stays light: tests/test_packaging.py imports it and looks
     "commands": _rule("*", light="click rich numpy PIL psutil"),

@@ -14,12 +14,13 @@ from tests._tiny import listing, tmc
 from tmc_export import cli
 
 VERBS = cli.main.list_commands(click.Context(cli.main))
-READERS = [v for v in ("run", "inspect", "engine", "doctor", "verify", "bench", "replay") if v in VERBS]
+READERS = [v for v in ("run", "inspect", "engine", "doctor", "verify", "bench", "replay", "debug") if v in VERBS]
 """Verbs that take a bundle."""
 
 
 def call(verb: str, bundle: Path) -> list[object]:
-    needed = {"run": ["--prompt", "what", "--threads", 1], "replay": ["-o", bundle.parent / "outputs.npz"]}
+    out = bundle.parent / "made"
+    needed: dict[str, list[object]] = {"run": ["--prompt", "what", "--threads", 1], "replay": ["-o", out], "debug": ["-o", out]}
     return [verb, bundle, *needed.get(verb, [])]
 
 

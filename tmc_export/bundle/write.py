@@ -34,28 +34,33 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def check_replaceable(target: Path) -> None:
-    """Make sure that writing `target` loses nobody's files: it is absent, empty, or a bundle.
+def check_replaceable(target: Path, marker: str = MANIFEST) -> None:
+    """Make sure that writing `target` loses nobody's files: it is absent, empty, or holds `marker`, as a bundle does its manifest.
 
     Raises:
         NotABundleError: it is something else.
     """
-    if target.exists() and not (target / MANIFEST).is_file() and (not target.is_dir() or any(target.iterdir())):
-        what = f"is not a bundle (it has no {MANIFEST})" if target.is_dir() else "is a file"
+    if target.exists() and not (target / marker).is_file() and (not target.is_dir() or any(target.iterdir())):
+        kind = "a bundle" if marker == MANIFEST else "a folder of the same command"
+        what = f"is not {kind} (it has no {marker})" if target.is_dir() else "is a file"
         raise NotABundleError(f"{target} exists and {what}; choose another folder or remove it")
 
 
 @contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path, marker: str = MANIFEST) -> Iterator[Path]:
     """Give a temporary folder beside `target` and rename it there at the end; on any error it is removed and `target` is as before.
 
     Of several builders at once, each bundle is whole and the one that ends last stays.
 
+    Args:
+        target: the folder.
+        marker: a file by which a folder that may be replaced is known.
+
     Raises:
-        NotABundleError: `target` exists and is no bundle, so that replacing it would lose somebody's files.
+        NotABundleError: `target` exists and lacks `marker`, so that replacing it would lose somebody's files.
     """
     target = Path(os.path.realpath(target))  # a link stays one, and what it points to is replaced
-    check_replaceable(target)
+    check_replaceable(target, marker)
     target.parent.mkdir(parents=True, exist_ok=True)
     _clean(target)
     work, lock = _make(target)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tmc_export.engine._memory import available_bytes
-from tmc_export.engine.build import Builder, Progress, build_engine, probe
+from tmc_export.engine.build import Builder, Progress, build_engine, parse_graph, probe
 from tmc_export.engine.bundle import EngineRecord, build_engines, engine_file, read_engines
 from tmc_export.engine.on_device import DeviceTarget, write_on_device_script
 from tmc_export.engine.options import EngineOptions, EngineReport, LayerInfo, Profile, Subgraph
@@ -23,6 +23,7 @@ __all__ = [
     "build_engine",
     "build_engines",
     "engine_file",
+    "parse_graph",
     "probe",
     "read_engines",
     "read_profiles",

@@ -16,7 +16,7 @@ from tmc_export.engine._memory import peak_rss_bytes
 from tmc_export.engine._versions import version_for
 from tmc_export.engine.options import EngineOptions, EngineReport, Profile
 
-__all__ = ["Job", "build"]
+__all__ = ["Job", "build", "refusal"]
 
 Emit = Callable[[str, int, int], None]
 """Called with a phase, the steps done and the steps in all."""
@@ -111,12 +111,27 @@ def _parse(trt: ModuleType, builder: Any, logger: Any, job: Job, row_flag: bool)
     _KEPT.append(parser)  # the network's weights live in it
     if parser.parse_from_file(str(job.onnx)):
         return network
+    raise ExportError(f"{job.name}: the TensorRT parser refuses {job.onnx.name}: {_reasons(parser)}")
+
+
+def _reasons(parser: Any) -> str:
+    """Return what a parser says of a graph that it refused."""
     found = []
     for index in range(parser.num_errors):
         error = parser.get_error(index)
         place = f"{error.func()} at {error.file()}:{error.line()}"
         found.append(f"{error.node_operator() or 'no operator'} '{error.node_name()}': {error.desc()} ({place})")
-    raise ExportError(f"{job.name}: the TensorRT parser refuses {job.onnx.name}: {'; '.join(found) or 'it gives no reason'}")
+    return "; ".join(found) or "it gives no reason"
+
+
+def refusal(onnx: Path, trt: ModuleType) -> str | None:
+    """Return why the parser refuses a graph; None when it takes it. Nothing is built."""
+    logger = _logger(trt, _Log("", [], [], []))
+    builder = trt.Builder(logger)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    _KEPT.extend((builder, network, parser))
+    return None if parser.parse_from_file(str(onnx)) else _reasons(parser)
 
 
 def _add_profiles(builder: Any, network: Any, config: Any, job: Job) -> None:

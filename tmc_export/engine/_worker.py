@@ -1,7 +1,8 @@
 """The process that builds one engine: `python -m tmc_export.engine._worker`, a job on stdin, JSON lines on stdout.
 
 Each engine has a process of its own: its memory returns to the system, and a crash of the builder ends one line, not the command.
-An empty stdin line with a flavour (`{"probe": "tensorrt"}`) answers the version and builds nothing.
+A line with a flavour (`{"probe": "tensorrt"}`) answers the version and builds nothing; `{"parse": "x.onnx"}` lets TensorRT-RTX's parser
+read a graph and answers why it refuses it.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import importlib
 import json
 import os
 import sys
+from pathlib import Path
 from typing import TextIO
 
 from tmc_export.core.errors import ExportError, LegalityError, MissingExtraError, ResourceError
-from tmc_export.engine._build import build
+from tmc_export.engine._build import build, refusal
 from tmc_export.engine._device import cuda_device
 from tmc_export.engine._wire import job_from_json, report_fields
 from tmc_export.engine.options import FLAVOURS
@@ -33,11 +35,14 @@ def _local_capabilities() -> tuple[str, ...]:
 
 def _run(text: str, out: TextIO) -> None:
     fields = json.loads(text)
-    flavour = fields["probe"] if "probe" in fields else fields["options"]["flavour"]
+    flavour = "tensorrt-rtx" if "parse" in fields else fields["probe"] if "probe" in fields else fields["options"]["flavour"]
     try:
         trt = importlib.import_module(FLAVOURS[flavour])
     except ImportError as error:
         raise MissingExtraError(f"'{FLAVOURS[flavour]}' cannot be imported: {error}") from error
+    if "parse" in fields:
+        _say(out, refusal=refusal(Path(fields["parse"]), trt))
+        return
     local = _local_capabilities() if flavour == "tensorrt" else ()
     if "probe" in fields:
         _say(out, version=str(trt.__version__), capabilities=list(local))

@@ -23,7 +23,7 @@ from tmc_export.engine._versions import check_graph, version_for
 from tmc_export.engine._wire import job_to_json, report_fields, report_from
 from tmc_export.engine.options import EngineOptions, EngineReport, Profile
 
-__all__ = ["Builder", "Progress", "build_engine", "probe", "weight_files"]
+__all__ = ["Builder", "Progress", "build_engine", "parse_graph", "probe", "weight_files"]
 
 Progress = Callable[[str, str, int, int], None]
 """Called with the engine's name, the builder's phase, the steps done and the steps in all."""
@@ -141,6 +141,27 @@ def probe(flavour: str) -> Builder:
     except MissingExtraError as error:
         raise MissingExtraError(f"cannot build {flavour} engines: {error}; {_EXTRAS[flavour]}") from error
     return Builder(flavour, str(answer["version"]), tuple(answer["capabilities"]))
+
+
+def parse_graph(onnx: Path) -> str | None:
+    """Let TensorRT-RTX's parser read a graph, in a process of its own; needs no GPU.
+
+    Args:
+        onnx: the graph, its external weights beside it.
+
+    Returns:
+        Why it is refused (operator, node and reason, as the parser says it), or None.
+
+    Raises:
+        MissingExtraError: TensorRT-RTX is not installed.
+        ExportError: the parser crashed.
+    """
+    try:
+        answer = _call(onnx.name, json.dumps({"parse": str(onnx.absolute())}), lambda phase, done, total: None)
+    except MissingExtraError as error:
+        raise MissingExtraError(f"cannot parse {onnx.name} with TensorRT-RTX: {error}; {_EXTRAS['tensorrt-rtx']}") from error
+    refused: str | None = answer["refusal"]
+    return refused
 
 
 def build_engine(

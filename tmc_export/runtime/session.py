@@ -14,7 +14,7 @@ from tmc_export.bundle.manifest import Manifest
 from tmc_export.bundle.read import check_files, open_manifest
 from tmc_export.core.errors import RuntimeInputError
 from tmc_export.core.image_rule import ImageRule
-from tmc_export.runtime._backend import BackendOptions, open_backend, options_for
+from tmc_export.runtime._backend import Backend, BackendOptions, open_backend, options_for
 from tmc_export.runtime._chat import ChatTemplate, expand_image_tokens
 from tmc_export.runtime._conversation import Conversation
 from tmc_export.runtime._decoder import Decoder, Route, TurnTrace
@@ -109,9 +109,9 @@ class Session:
         tokenizer, template: text side; `template` is None where the model has none.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, backend: str, options: BackendOptions) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, backend: str | Backend, options: BackendOptions) -> None:
         self.folder, self.manifest, self.program = folder, manifest, manifest.program
-        self._backend = open_backend(backend, folder, options)
+        self._backend = open_backend(backend, folder, options) if isinstance(backend, str) else backend
         self.decoder = Decoder(self.program, self._backend)
         self.tokenizer = Tokenizer(folder / "model")
         self.template = ChatTemplate.from_folder(folder / "model", self.tokenizer.special_tokens)

@@ -28,7 +28,7 @@ from tmc_export.verify.rungs import Ladder, Rung, not_run, rung_of
 from tmc_export.verify.saved import check_identity, judge_saved, read_outputs
 from tmc_export.verify.tolerances import Precision, tolerance
 
-__all__ = ["RUNGS", "climb", "recorded_ladder", "saved_ladder"]
+__all__ = ["RUNGS", "climb", "precision_of_manifest", "recorded_ladder", "saved_ladder", "traced_cases"]
 
 Progress = Callable[[str], None]
 
@@ -59,7 +59,7 @@ def recorded_ladder(bundle: Path, progress: Progress = lambda _: None) -> Ladder
     check_files(bundle, manifest)
     cases = list(read_cases(bundle))
     files = Rung(RUNGS[0], "passed", f"{len(manifest.files)} files have their sha256")
-    precision = _precision_of_manifest(manifest)
+    precision = precision_of_manifest(manifest)
     progress(RUNGS[4])
     end, quantized = _end_to_end(bundle, cases, precision)
     middle = [not_run(name, _NO_CHECKPOINT) for name in (RUNGS[1], RUNGS[2], RUNGS[3])]
@@ -105,15 +105,15 @@ def saved_ladder(bundle: Path, outputs: Path, progress: Progress = lambda _: Non
     if not cases:
         raise RuntimeInputError(f"{bundle} holds no recorded conversations to compare with; build it without --no-record")
     check_identity(outputs, saved, manifest)
-    precision = _precision_of_manifest(manifest)
+    precision = precision_of_manifest(manifest)
     checks = list(judge_saved(saved, manifest.program, cases, tolerance("end_to_end", precision), precision))
     steps = sum(len(t.expected.tokens) for c in cases for t in c.turns)
     how = "prefilled whole and in chunks" if "chunked" in saved.routes else "in chunks: not run"
     return Ladder((files, rung_of(SAVED, checks, f"made by {saved.made_by}; {len(cases)} conversations, {steps} steps, {how}")))
 
 
-def _precision_of_manifest(manifest: Manifest) -> Precision:
-    """As `precision_of`, from the recorded plan."""
+def precision_of_manifest(manifest: Manifest) -> Precision:
+    """Return the row of the tolerance tables; as `precision_of`, from the recorded plan."""
     quantize = manifest.plan.get("quantize")
     schemes = {str(p.get("weights")) for p in quantize.values() if isinstance(p, dict)} if isinstance(quantize, dict) else set()
     if "int4" in schemes:
@@ -150,20 +150,13 @@ def climb(bundle: Path, model: Path, progress: Progress = lambda _: None, steps:
         ModelError: the checkpoint is another one, or cannot be loaded.
         ParityError: the bundle's plan is not what its recipe gives now.
     """
-    from tmc_export.verify.record import answer, made_up_scripts
-    from tmc_export.verify.reference import Reference
-
     progress(RUNGS[0])
     manifest = open_manifest(bundle)
     check_files(bundle, manifest)
-    _check_checkpoint(manifest, model)
-    plan, files, fit = _plan(manifest, model, recipe_folder)
+    plan, cases = traced_cases(manifest, model, steps, recipe_folder)
     inputs = len(manifest.checkpoint) + len(manifest.weights)
     files_rung = Rung(RUNGS[0], "passed", f"{len(manifest.files)} files and {inputs} of the checkpoint have their sha256")
-    scripts = made_up_scripts(model, plan, files, fit)
-    reference = Reference(model, plan, trace=True)
-    cases = tuple(answer(reference, script, plan, steps) for script in scripts)
-    shared = _Climb(bundle, model, manifest, plan, cases, _precision_of_manifest(manifest))
+    shared = _Climb(bundle, model, manifest, plan, cases, precision_of_manifest(manifest))
     rungs = [files_rung]
     steps_of: list[Callable[[_Climb], Sequence[Rung]]] = [_hugging_face, _with_plan, _per_subgraph, _whole]
     for name, run in zip(RUNGS[1:5], steps_of, strict=True):
@@ -172,6 +165,28 @@ def climb(bundle: Path, model: Path, progress: Progress = lambda _: None, steps:
     progress(RUNGS[5])
     rungs.insert(-1, _half_range(shared))
     return Ladder((*rungs, not_run(RUNGS[7], _NO_GPU)))
+
+
+def traced_cases(manifest: Manifest, model: Path, steps: int = 8, recipe_folder: Path | None = None) -> tuple[Plan, tuple[Case, ...]]:
+    """Plan a bundle's recipe again and let the reference answer made-up conversations, tracing what every subgraph takes and gives.
+
+    Args:
+        manifest: the bundle's.
+        model: the checkpoint's folder.
+        steps: tokens answered per turn.
+        recipe_folder: as for `climb`.
+
+    Raises:
+        ModelError: the checkpoint is another one, or cannot be loaded.
+        ParityError: the bundle's plan is not what its recipe gives now.
+    """
+    from tmc_export.verify.record import answer, made_up_scripts
+    from tmc_export.verify.reference import Reference
+
+    _check_checkpoint(manifest, model)
+    plan, files, fit = _plan(manifest, model, recipe_folder)
+    reference = Reference(model, plan, trace=True)
+    return plan, tuple(answer(reference, script, plan, steps) for script in made_up_scripts(model, plan, files, fit))
 
 
 def _check_checkpoint(manifest: Manifest, model: Path) -> None:

@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 __all__ = ["check_subgraphs"]
 
 
-def check_subgraphs(bundle: Path, program: Program, cases: Sequence[Case], tolerance: Tolerance, precision: str) -> Iterator[Check]:
+def check_subgraphs(
+    bundle: Path, program: Program, cases: Sequence[Case], tolerance: Tolerance, precision: str, backend: Backend | None = None
+) -> Iterator[Check]:
     """Compare every subgraph with the reference, in the order they run.
 
     Args:
@@ -45,8 +47,11 @@ def check_subgraphs(bundle: Path, program: Program, cases: Sequence[Case], toler
         cases: answered by a reference made with `trace=True`.
         tolerance: for tensors.
         precision: row of the margin table.
+        backend: what runs the graphs; onnxruntime, int4 weights multiplied as on a device, when None.
     """
-    runner = _Runner(bundle, program, open_backend("onnxruntime", bundle, BackendOptions(int4_accuracy=1)), tolerance, precision)
+    if backend is None:
+        backend = open_backend("onnxruntime", bundle, BackendOptions(int4_accuracy=1))
+    runner = _Runner(bundle, program, backend, tolerance, precision)
     for case in cases:
         turn = case.turns[0]
         if len(turn.expected.blocks) != len(program.blocks):
