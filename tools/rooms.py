@@ -57,7 +57,7 @@ ROOMS = {
     "quantize": _rule("core export passes plan runtime", top="onnx_ir onnxruntime"),
     "engine": _rule("core", never=MODELS),
     "bundle": _rule("core", never=MODELS | GRAPHS),
-    "runtime": _rule("core bundle", top="onnxruntime", never=MODELS | GRAPHS, light="numpy PIL jinja2 tokenizers cuda"),
+    "runtime": _rule("core bundle engine", top="onnxruntime", never=MODELS | GRAPHS, light="numpy PIL jinja2 tokenizers cuda"),
     "verify": _rule("*", top="torch transformers onnx onnx_ir"),
     "debug": _rule("core bundle runtime verify engine recipe api"),
     "report": _rule("*"),

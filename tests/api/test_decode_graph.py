@@ -104,13 +104,13 @@ def test_a_step_writes_the_row_and_nothing_else(both: tuple[Path, Path], which: 
     want = graph.run(x)
     for name, array in before.items():
         np.testing.assert_array_equal(x[name], array, err_msg=name)  # `run` leaves its inputs alone
-    got = graph.step(x)
+    got = graph.step(x, ()).arrays
     assert "present.0.key" not in got
     np.testing.assert_array_equal(got["logits"], want["logits"])
     for name in (n for n in x if n.startswith("past_key_values.")):
         before[name][:, :, 20] = want[name.replace("past_key_values", "present")][:, :, 0]
         np.testing.assert_array_equal(x[name], before[name], err_msg=name)
-    again = graph.step({**x, "past_valid": (np.arange(x["past_valid"].shape[1]) < 21)[None]})
+    again = graph.step({**x, "past_valid": (np.arange(x["past_valid"].shape[1]) < 21)[None]}, ()).arrays
     assert np.abs(again["logits"] - want["logits"]).max() > 1e-4
     assert again["logits"] is got["logits"]  # a step's arrays are the next step's
 

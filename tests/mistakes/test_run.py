@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,14 +85,29 @@ def test_prompt_that_is_no_text(built: Path) -> None:
         (["--threads", "0"], "threads"),
         (["--stop", ""], "stop"),
         (["--backend", "onnxruntme"], "did you mean 'onnxruntime'"),
-        (["--backend", "tensorrt"], "not built yet"),
-        (["--backend", "tensorrt-rtx"], "not built yet"),
+        (["--backend", "tensorrt-rtz"], "did you mean 'tensorrt-rtx'"),
+        (["--provider", "cudda"], "did you mean 'cuda'"),
+        (["--backend", "tensorrt", "--provider", "cuda"], "provider 'cuda' is onnxruntime's"),
         (["--imge", "a.png"], "--imge"),
     ],
 )
 def test_options(built: Path, args: list[str], says: str) -> None:
     ran = tmc("run", built, "--prompt", "what", *args)
     assert ran.code == 2 and says in ran.error() and ran.out == ""
+
+
+@pytest.mark.parametrize(("backend", "module"), [("tensorrt", "tensorrt"), ("tensorrt-rtx", "tensorrt_rtx")])
+def test_a_backend_whose_package_is_missing(built: Path, backend: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    refused(ask(built, "--backend", backend), f"the package '{module}' is missing")
+
+
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_a_provider_that_this_onnxruntime_lacks(built: Path, provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    refused(ask(built, "--provider", provider), "has no", "(it has CPUExecutionProvider)", "--provider cpu")
 
 
 def test_prompt_is_required(built: Path) -> None:

@@ -7,7 +7,7 @@ The graphs see padding, slots and masks; the plain form knows none of them. Ever
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tmc_export.bundle.program import BlockProgram, CutProgram, GraphPhase, Program, VisionProgram
+from tmc_export.runtime._backend import Outputs
+from tmc_export.runtime._host import HostMemory
 
 Array = NDArray[Any]
 WIDTH, VOCABULARY = 4, 16
@@ -104,8 +106,12 @@ class FakeGraph:
         assert cut is not None
         return self._cut(cut, feed)
 
-    def step(self, feed: Mapping[str, Array]) -> dict[str, Array]:
-        return self.run(feed)
+    def relay(self, feed: Mapping[str, Array], fetch: Collection[str]) -> Outputs:
+        found = self.run(feed)
+        return Outputs({name: found[name] for name in fetch}, found)
+
+    def step(self, feed: Mapping[str, Array], fetch: Collection[str]) -> Outputs:
+        return self.relay(feed, fetch)
 
     def _shaped(self, array: Array, *shape: int) -> Array:
         assert array.shape == shape, f"{self.file}: got {array.shape}, built for {shape}"
@@ -162,7 +168,7 @@ class FakeGraph:
 
 
 @dataclass
-class FakeBackend:
+class FakeBackend(HostMemory):
     """Opens fake graphs and writes down which ran; `fail_at` names one that is interrupted."""
 
     program: Program

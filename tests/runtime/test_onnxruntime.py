@@ -74,7 +74,7 @@ def test_only_the_decode_graph_of_a_single_block_waits_awake(tmp_path: Path, mon
     monkeypatch.setattr(ort, "InferenceSession", session)
     phases = {name: SimpleNamespace(file=f"{name}.onnx") for name in ("prefill", "chunk", "decode")}
     for blocks, awake in ((1, {"decode.onnx"}), (2, set())):
-        program: Any = SimpleNamespace(blocks=[SimpleNamespace(phases=phases)] * blocks, memory_tight=False)
+        program: Any = SimpleNamespace(blocks=[SimpleNamespace(phases=phases)] * blocks, memory_tight=False, embed={})
         backend = OnnxRuntimeBackend(tmp_path, options_for(program))
         asked.clear()
         for name in (*phases, "embed_decode"):

@@ -49,17 +49,18 @@ def build(
     return build_bundle(loaded, target, force=force, engines=engines, record=record, progress=progress)
 
 
-def load(folder: str | Path, *, backend: str = "onnxruntime", threads: int | None = None) -> Session:
+def load(folder: str | Path, *, backend: str = "onnxruntime", threads: int | None = None, provider: str = "cpu") -> Session:
     """Open a bundle; see `Session.generate` and `Session.turn`. Needs no torch.
 
     Args:
         folder: the bundle.
-        backend: `onnxruntime`; `tensorrt` and `tensorrt-rtx` are not built yet.
+        backend: `onnxruntime`, or `tensorrt` or `tensorrt-rtx` for the bundle's engines (*not run on a GPU*).
         threads: threads of the CPU path; None: its own choice.
+        provider: what onnxruntime uses: `cpu`, `cuda` or `tensorrt` (the last two *not run*).
 
     Raises:
-        BundleError: files are missing or damaged.
+        TmcError: files are missing or damaged, or this machine lacks what the backend needs.
     """
     from tmc_export.runtime.session import load as open_session
 
-    return open_session(folder, backend=backend, threads=threads)
+    return open_session(folder, backend=backend, threads=threads, provider=provider)

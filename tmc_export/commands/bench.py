@@ -16,6 +16,7 @@ __all__ = ["command"]
 @click.option("--answers", type=click.IntRange(min=1), default=3, show_default=True, help="Timed answers in each process.")
 @click.option("--tokens", type=click.IntRange(min=0), default=16, show_default=True, help="Timed single tokens in each process.")
 @click.option("--backend", default="onnxruntime", show_default=True, help="onnxruntime, tensorrt or tensorrt-rtx.")
+@click.option("--provider", default="cpu", show_default=True, help="What onnxruntime uses: cpu, cuda or tensorrt.")
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def command(
@@ -27,6 +28,7 @@ def command(
     answers: int,
     tokens: int,
     backend: str,
+    provider: str,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -45,6 +47,6 @@ def command(
 
     result = bench(
         bundle, against, runs=runs, images=images, prompt=prompt, answers=answers, tokens=tokens,
-        backend=backend, threads=threads, progress=say,
+        backend=backend, threads=threads, provider=provider, progress=say,
     )  # fmt: skip
     click.echo(json.dumps(asdict(result), indent=2) if as_json else render(result))

@@ -18,6 +18,7 @@ __all__ = ["command"]
 @click.option("--seed", type=int, help="Seed of the draw.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer where this text comes; repeat it for several.")
 @click.option("--backend", default="onnxruntime", show_default=True, help="onnxruntime, tensorrt or tensorrt-rtx.")
+@click.option("--provider", default="cpu", show_default=True, help="What onnxruntime uses: cpu, cuda or tensorrt.")
 @click.option("--threads", type=int, metavar="N", help="CPU threads.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with answer, tokens, timings and kept positions.")
 def command(
@@ -31,6 +32,7 @@ def command(
     seed: int | None,
     stop: tuple[str, ...],
     backend: str,
+    provider: str,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -40,7 +42,7 @@ def command(
 
     from tmc_export.runtime.session import Sampling, load
 
-    session = load(bundle, backend=backend, threads=threads)
+    session = load(bundle, backend=backend, threads=threads, provider=provider)
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
 
     def show(piece: str) -> None:

@@ -17,7 +17,10 @@ from tmc_export.engine.build import Builder, Progress, build_engine, probe, weig
 from tmc_export.engine.options import RTX_CAPABILITIES, EngineOptions, EngineReport, Subgraph
 from tmc_export.engine.profiles import read_profiles
 
-__all__ = ["ENGINES", "EngineRecord", "build_engines", "default_capabilities", "engine_file", "file_sha256", "read_engines", "subgraph_key"]
+__all__ = [
+    "ENGINES", "EngineRecord", "build_engines", "default_capabilities", "engine_file", "file_sha256", "read_engines", "same_release",
+    "subgraph_key",
+]  # fmt: skip
 
 ENGINES = "engines/engines.json"
 
@@ -91,6 +94,15 @@ def read_engines(bundle: Path) -> tuple[EngineRecord, ...]:
         return tuple(_record(fields) for fields in json.loads(path.read_text())["engines"])
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise BundleError(f"'{path}' is damaged ({type(error).__name__}: {error}); delete it and build the engines again") from error
+
+
+def same_release(recorded: str, here: str) -> bool:
+    """Say whether an engine of one version runs on another: only the same one. trtexec prints three numbers, Python four.
+
+    >>> same_release("10.3.0", "10.3.0.30"), same_release("10.3.0.30", "10.3.1.2")
+    (True, False)
+    """
+    return recorded.split(".")[:3] == here.split(".")[:3]
 
 
 def default_capabilities(bundle: Path) -> tuple[str, ...]:

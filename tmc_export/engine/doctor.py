@@ -16,13 +16,13 @@ from tmc_export.core.errors import MissingExtraError, TmcError
 from tmc_export.engine._device import CudaDevice, cuda_device
 from tmc_export.engine._memory import available_bytes, gib
 from tmc_export.engine.build import Builder, probe
-from tmc_export.engine.bundle import EngineRecord, read_engines
+from tmc_export.engine.bundle import EngineRecord, read_engines, same_release
 
 __all__ = ["EXTRAS", "Finding", "examine_engines", "examine_machine", "jetpack"]
 
 EXTRAS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("export", ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "optimum"), "builds bundles from checkpoints"),
-    ("rtx", ("tensorrt_rtx",), "builds and runs TensorRT-RTX engines for desktop GPUs"),
+    ("rtx", ("tensorrt_rtx", "cuda"), "builds and runs TensorRT-RTX engines for desktop GPUs"),
     ("jetson", ("cuda",), "runs TensorRT engines (JetPack brings `tensorrt` itself)"),
     ("audio", ("soundfile",), "reads sound"),
     ("video", ("av",), "reads video"),
@@ -165,11 +165,6 @@ def examine_machine(root: Path = Path("/"), folder: Path = Path(".")) -> tuple[t
     return tuple(findings), tuple(builder for _, builder in (standard, rtx) if builder), device
 
 
-def _same_version(recorded: str, here: str) -> bool:
-    """trtexec prints three numbers, Python four."""
-    return recorded.split(".")[:3] == here.split(".")[:3]
-
-
 def _examine(record: EngineRecord, bundle: Path, builders: tuple[Builder, ...], device: CudaDevice | None) -> Finding:
     title = f"engine {record.name}"
     flags = "".join(f" --capability {name}" for name in ([device.capability] if device else record.capabilities))
@@ -180,7 +175,7 @@ def _examine(record: EngineRecord, bundle: Path, builders: tuple[Builder, ...], 
     here = next((builder for builder in builders if builder.flavour == record.flavour), None)
     if here is None:
         return Finding(title, f"made by {record.flavour} {record.version}, which is not installed here", "absent")
-    if not _same_version(record.version, here.version):
+    if not same_release(record.version, here.version):
         return Finding(title, f"made by {record.flavour} {record.version}; this machine has {here.version}", "problem", again)
     if device and record.capabilities and device.capability not in record.capabilities:
         return Finding(title, f"made for {', '.join(record.capabilities)}; this GPU is {device.capability}", "problem", again)

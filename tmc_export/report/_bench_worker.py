@@ -39,7 +39,7 @@ class Job:
         prompt: the question.
         answers: whole answers that are timed, after one that is not.
         tokens: single tokens that are timed.
-        backend, threads: as `load` takes them.
+        backend, threads, provider: as `load` takes them.
     """
 
     bundle: str
@@ -49,6 +49,7 @@ class Job:
     tokens: int
     backend: str
     threads: int | None
+    provider: str = "cpu"
 
 
 def peak_mib() -> float | None:
@@ -72,7 +73,7 @@ def measure(job: Job) -> dict[str, Any]:
         TmcError: the bundle, a picture or the prompt is at fault.
     """
     began = time.perf_counter()
-    session = load(job.bundle, backend=job.backend, threads=job.threads)
+    session = load(job.bundle, backend=job.backend, threads=job.threads, provider=job.provider)
     loaded = (time.perf_counter() - began) * 1e3
     images: list[Any] = list(job.images) or _noise(session)
     first: list[float] = []

@@ -117,6 +117,7 @@ def bench(
     tokens: int = 16,
     backend: str = "onnxruntime",
     threads: int | None = None,
+    provider: str = "cpu",
     progress: Callable[[str], None] = lambda _: None,
 ) -> BenchResult:
     """Time a bundle, or two in turns.
@@ -131,6 +132,7 @@ def bench(
         tokens: timed single tokens in a process.
         backend: as `tmc_export.load` takes it.
         threads: CPU threads; None: the runtime's choice.
+        provider: what onnxruntime uses, as `tmc_export.load` takes it.
         progress: called with one line per process.
 
     Raises:
@@ -138,7 +140,7 @@ def bench(
     """
     folders = [str(folder), *([] if against is None else [str(against)])]
     manifests = [open_manifest(Path(f)) for f in folders]
-    jobs = [Job(f, tuple(images), prompt, answers, tokens, backend, threads) for f in folders]
+    jobs = [Job(f, tuple(images), prompt, answers, tokens, backend, threads, provider) for f in folders]
     found: list[list[dict[str, Any]]] = [[] for _ in jobs]
     for run in range(runs):
         order = range(len(jobs)) if run % 2 == 0 else range(len(jobs) - 1, -1, -1)  # ABBA: neither is always first

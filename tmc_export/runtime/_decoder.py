@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from tmc_export.bundle.program import BlockProgram, CutProgram, Program
+from tmc_export.bundle.program import CutProgram, Program
 from tmc_export.core.errors import BundleError, RuntimeInputError
-from tmc_export.runtime._backend import Backend, Graph
+from tmc_export.runtime._backend import Backend, Graph, Held, Outputs, Rows
 from tmc_export.runtime._barrier import since_of
+from tmc_export.runtime._flow import Flow
+from tmc_export.runtime._host import HostRows
 from tmc_export.runtime._slots import BlockSlots
-from tmc_export.runtime._sums import columns_of_turn, pad_columns
+from tmc_export.runtime._sums import columns_of_turn, pad_columns, sum_names
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -60,37 +62,6 @@ class Mark:
     since: int = 0
 
 
-@dataclass
-class _Flow:
-    """What moves from block to block, unpadded."""
-
-    hidden: Array  # [n, c]
-    positions: Array  # [r, n]
-    order: Array  # [n]
-    group: Array  # [n]
-    next_position: int
-    states: dict[str, Array]  # past_state.<entry>.<name> of the turn's pictures
-    since: Array = field(default_factory=lambda: np.zeros(0, np.int64))  # [n] first place each token sees; where pictures have a barrier
-
-    @property
-    def count(self) -> int:
-        return int(self.hidden.shape[0])
-
-    @property
-    def pictures(self) -> bool:
-        return bool((self.group > 0).any())
-
-    def truncate(self, arrived: Array) -> None:
-        """Take the first of the positions `[r, n]` that arrived, in their order."""
-        self.positions = arrived[:, : self.count]
-        self.next_position = int(self.positions.max()) + 1
-
-    def renumber(self, start: int) -> None:
-        """Count the positions on from `start` without gaps."""
-        self.positions = np.broadcast_to(start + np.arange(self.count), self.positions.shape)
-        self.next_position = start + self.count
-
-
 class Decoder:
     """Blocks, cuts and KV slots of one conversation.
 
@@ -101,10 +72,11 @@ class Decoder:
 
     def __init__(self, program: Program, backend: Backend) -> None:
         self.program, self._backend = program, backend
-        self.slots = [BlockSlots(block, program) for block in program.blocks]
+        self.slots = [BlockSlots(block, program, backend) for block in program.blocks]
         self.length = self.since = 0
         self._token = np.zeros((1, 1), np.int64)
-        self._feeds = [slots.step_feed() for slots in self.slots]
+        self._step_rows = [slots.step_row() for slots in self.slots]
+        self._feeds: list[dict[str, Held]] = [{**row, **slots.feed()} for row, slots in zip(self._step_rows, self.slots, strict=True)]
 
     def reset(self) -> None:
         """Start a new conversation."""
@@ -179,13 +151,14 @@ class Decoder:
         mark = self.mark()
         try:
             order = self.length + np.arange(hidden.shape[0])
-            flow = _Flow(hidden.astype(self.program.dtype), positions, order, group, next_position, dict(states or {}))
+            rows = HostRows.of(hidden.astype(self.program.dtype)[None], 1)
+            flow = Flow(rows, positions, order, group, next_position, dict(states or {}))
             return self._turn(flow, route)
         except BaseException:  # an interrupt, too, leaves no half-written turn behind
             self.rewind(mark)
             raise
 
-    def _turn(self, flow: _Flow, route: Route) -> TurnTrace:
+    def _turn(self, flow: Flow, route: Route) -> TurnTrace:
         count, pictures, chosen = flow.count, flow.pictures, self._route(flow, route)
         for index, slots in enumerate(self.slots):  # before anything is computed: up to the first cut the count is known
             if pictures and self.program.cut_before(index) is not None:
@@ -194,7 +167,7 @@ class Decoder:
         trace = TurnTrace(np.zeros(0), route=chosen)
         starts = [slots.used for slots in self.slots]
         flow.since, following = since_of(flow.group, flow.order, self.program.barrier, self.since)
-        queries: dict[str, Array] = {}
+        queries: dict[str, Rows] = {}
         for index, slots in enumerate(self.slots):
             if (cut := self.program.cut_before(index)) is not None:
                 arrived = flow.positions
@@ -214,7 +187,7 @@ class Decoder:
         self.length += count
         return trace
 
-    def _route(self, flow: _Flow, route: Route) -> str:
+    def _route(self, flow: Flow, route: Route) -> str:
         """Choose the graphs. A prefill graph sees no past, so that every block must take the turn in one piece."""
         first = self.program.cut_before(0)
         bucket = self.program.blocks[0].tokens if first is None else first.tokens_in
@@ -233,39 +206,35 @@ class Decoder:
             return "whole" if empty and self.program.chunk < flow.count <= most else "chunked"
         return route
 
-    def _block(self, slots: BlockSlots, flow: _Flow, route: str, trace: TurnTrace) -> dict[str, Array]:
-        """Run one block over the flow; returns its query rows, and its sums over rows `[1, …, n]`, one column per token of the turn."""
-        spec = slots.block.phases["prefill" if route == "whole" else "chunk"]
-        graph = self._backend.graph(spec.file)
-        step = spec.tokens
-        parts: list[Array] = []
-        rows: dict[str, list[Array]] = {}
-        sums: dict[str, Array] = {}
+    def _block(self, slots: BlockSlots, flow: Flow, route: str, trace: TurnTrace) -> dict[str, Rows]:
+        """Run one block over the flow; returns its query rows: all of the turn's, or the last. Its sums over rows are the flow's."""
+        block = slots.block
+        spec = block.phases["prefill" if route == "whole" else "chunk"]
+        graph, step, most = self._backend.graph(spec.file), spec.tokens, max(block.tokens, block.capacity)
+        hidden, queries = self._backend.rows(f"block_{block.index}.hidden_out", most, 1), dict[str, Rows]()
         for start in range(0, flow.count, step):
             piece = slice(start, min(start + step, flow.count))
             out = self._run(graph, slots, flow, piece, step)
-            parts.append(out["logits"] if slots.block.head else out["hidden_out"][0, : piece.stop - piece.start])
-            for name in (n for n in out if n.startswith("query.")):
-                rows.setdefault(name, []).append(out[name])
-            for name in (n for n in out if n.startswith("sums.")):
-                columns = columns_of_turn(out[name], spec.past, slots.used - piece.stop, flow.count, piece)
-                sums[name] = sums[name] + columns if name in sums else columns
-        if slots.block.head:
-            trace.logits = parts[-1][0].astype(np.float32)
-        else:
-            flow.hidden = np.concatenate(parts)
-        return sums | {n: self._rows(slots.block, n, found, flow.count) for n, found in rows.items()}
+            for layer, rows in block.query_rows.items():
+                name = f"query.{layer}"
+                if start == 0 or rows == "last":
+                    queries[name] = self._backend.rows(f"block_{block.index}.{name}", most if rows == "all" else 1, 2)
+                queries[name].put(out.held[name], start if rows == "all" else 0, piece.stop - start if rows == "all" else 1)
+            for name in sum_names(block):
+                columns = columns_of_turn(out.arrays[name], spec.past, slots.used - piece.stop, flow.count, piece)
+                flow.sums[name] = flow.sums[name] + columns if name in flow.sums else columns
+            if block.head and piece.stop == flow.count:
+                trace.logits = out.arrays["logits"][0].astype(np.float32)
+            elif not block.head:
+                hidden.put(out.held["hidden_out"], start, piece.stop - start)
+        flow.hidden = hidden
+        return queries
 
-    def _rows(self, block: BlockProgram, name: str, found: list[Array], count: int) -> Array:
-        if block.query_rows[int(name.split(".")[1])] == "last":
-            return found[-1]
-        return np.concatenate(found, axis=2)[:, :, :count]
-
-    def _run(self, graph: Graph, slots: BlockSlots, flow: _Flow, piece: slice, width: int) -> dict[str, Array]:
+    def _run(self, graph: Graph, slots: BlockSlots, flow: Flow, piece: slice, width: int) -> Outputs:
         count = piece.stop - piece.start
         order = flow.order[piece]
-        feed = {
-            "hidden": _pad(flow.hidden[piece], width)[None],
+        feed: dict[str, Held] = {
+            "hidden": flow.hidden.piece(piece.start, piece.stop, width),
             "positions": _pad(flow.positions[:, piece].T, width).T[:, None].copy(),
             "order": _pad(order, width, -1)[None],
             "valid": (np.arange(width) < count)[None],
@@ -274,17 +243,18 @@ class Decoder:
             **({"since": _pad(flow.since[piece], width)[None]} if self.program.barrier else {}),
             **slots.feed(),
         }
-        out = graph.run(feed)
-        slots.write(out, order)
+        last = slots.block.head and piece.stop == flow.count  # of the runs before the last one nobody reads the logits
+        out = graph.relay(feed, [*sum_names(slots.block), *(["logits"] if last else [])])
+        slots.write(out.held, order)
         return out
 
     # ----------------------------------------------------------------------------------------------------------- cut
-    def _cut(self, cut: CutProgram, flow: _Flow, queries: dict[str, Array], starts: list[int], trace: TurnTrace) -> _Flow:
+    def _cut(self, cut: CutProgram, flow: Flow, queries: dict[str, Rows], starts: list[int], trace: TurnTrace) -> Flow:
         """Compress the visual tokens of this turn, which begins at slot `starts[i]` of block i."""
         size, count = cut.tokens_in, flow.count
         places, alive = self._candidates(cut, flow)
-        feed: dict[str, Array] = {
-            "hidden": _pad(flow.hidden, size)[None],
+        feed: dict[str, Held] = {
+            "hidden": flow.hidden.piece(0, count, size),
             "positions": _pad(flow.positions.T, size).T[:, None].copy(),
             "order": _pad(flow.order, size, -1)[None],
             "valid": (np.arange(size) < count)[None],
@@ -299,20 +269,20 @@ class Decoder:
         if cut.previous:
             before = self.slots[cut.before_block - 1]
             layer = cut.layer - 1
-            query = queries[f"query.{layer}"]
-            if before.block.query_rows[layer] == "all":
-                query = _pad(query[0].swapaxes(0, 1), size).swapaxes(0, 1)[None].copy()
+            query = queries[f"query.{layer}"].piece(0, *((count, size) if before.block.query_rows[layer] == "all" else (1, 1)))
             slots = starts[cut.before_block - 1] + np.arange(count)
             feed |= {"slots": _pad(slots, size)[None], "slot_order": before.order, "slot_valid": before.valid}
             feed |= {f"query.{layer}": query, f"key.{layer}": before.key(layer)}
-        feed |= {name: pad_columns(found, size) for name, found in queries.items() if name.startswith("sums.")}
+        feed |= {name: pad_columns(found, size) for name, found in flow.sums.items()}
         if cut.next:
             after = self.slots[cut.before_block]
             feed |= {"next_order": after.order, "next_valid": after.valid, f"next_key.{cut.layer}": after.key(cut.layer)}
-        out = self._backend.graph(cut.file).run(feed)
+        kept = [f"kept.{n}" for n in range(len(cut.methods)) if cut.visual_out or n < len(cut.methods) - 1]
+        found = self._backend.graph(cut.file).relay(feed, [*kept, "source", "place", *(f"kv.{layer}" for layer in cut.kv)])
+        out = found.arrays
         for stage in range(len(cut.methods)):
-            emptied = stage == len(cut.methods) - 1 and cut.visual_out == 0  # such a stage has no output
-            trace.kept[(cut.before_block, stage)] = np.zeros(0, np.int64) if emptied else out[f"kept.{stage}"][0]
+            name = f"kept.{stage}"  # a last stage that leaves no token has no such output
+            trace.kept[(cut.before_block, stage)] = out[name][0] if name in kept else np.zeros(0, np.int64)
         visual = int((trace.kept[(cut.before_block, len(cut.methods) - 1)] != -1).sum())
         if (text := int((flow.group == 0).sum())) + visual > cut.tokens_out:
             raise RuntimeInputError(
@@ -325,12 +295,12 @@ class Decoder:
         trace.visual.append(visual)
         self._prune_earlier(cut, out, starts, count)
         origin, place = out["source"][0, :left], out["place"][0, :left]
-        states = {**flow.states, **{s.input: out[s.output] for s in cut.leaving}}
-        return _Flow(
-            out["hidden_out"][0, :left], flow.positions[:, origin], flow.order[place], flow.group[origin], flow.next_position, states
-        )
+        states = {**flow.states, **{s.input: found.held[s.output] for s in cut.leaving}}
+        hidden = self._backend.rows(f"cut_{cut.before_block}.hidden_out", cut.tokens_out, 1)
+        hidden.put(found.held["hidden_out"], 0, left)
+        return Flow(hidden, flow.positions[:, origin], flow.order[place], flow.group[origin], flow.next_position, states)
 
-    def _text(self, cut: CutProgram, flow: _Flow) -> dict[str, Array]:
+    def _text(self, cut: CutProgram, flow: Flow) -> dict[str, Array]:
         """Places of the text tokens, where a stage of the cut reads them: int64 and bool `[1, t]`."""
         if not cut.text:
             return {}
@@ -342,7 +312,7 @@ class Decoder:
             )
         return {"text_places": _pad(found, cut.text)[None], "text_valid": (np.arange(cut.text) < found.shape[0])[None]}
 
-    def _candidates(self, cut: CutProgram, flow: _Flow) -> tuple[Array, Array]:
+    def _candidates(self, cut: CutProgram, flow: Flow) -> tuple[Array, Array]:
         """Places of the visual tokens, per picture padded to the bucket: int64 and bool `[m·v]`."""
         each = cut.visual_in // self.program.images
         places, alive = np.zeros((self.program.images, each), np.int64), np.zeros((self.program.images, each), np.bool_)
@@ -355,7 +325,7 @@ class Decoder:
             places[picture, : found.shape[0]], alive[picture, : found.shape[0]] = found, True
         return places.reshape(-1), alive.reshape(-1)
 
-    def _prune_earlier(self, cut: CutProgram, out: dict[str, Array], starts: list[int], count: int) -> None:
+    def _prune_earlier(self, cut: CutProgram, out: Mapping[str, Array], starts: list[int], count: int) -> None:
         """Drop KV rows of earlier blocks that the method does not keep."""
         masks = {layer: out[f"kv.{layer}"][0, :count] for layer in cut.kv}
         for slots in self.slots[: cut.before_block]:
@@ -378,18 +348,19 @@ class Decoder:
         for slots in self.slots:
             slots.check_room(1)
         self._token[:] = token
-        hidden = self._backend.graph(self.program.embed["decode"].file).step({"input_ids": self._token})["hidden"]
+        embed = self._backend.graph(self.program.embed["decode"].file)
+        hidden: Held = embed.step({"input_ids": self._token}, ("hidden",)).arrays["hidden"]
         logits: Array = np.zeros(0)
-        for slots, feed in zip(self.slots, self._feeds, strict=True):
+        for slots, row, feed in zip(self.slots, self._step_rows, self._feeds, strict=True):
             feed["hidden"] = hidden
-            feed["positions"][:], feed["order"][:], feed["since"][:] = slots.next_position, self.length, self.since
-            out = self._backend.graph(slots.block.phases["decode"].file).step(feed)
-            slots.write(out, feed["order"][0])
+            row["positions"][:], row["order"][:], row["since"][:] = slots.next_position, self.length, self.since
+            out = self._backend.graph(slots.block.phases["decode"].file).step(feed, ("logits",) if slots.block.head else ())
+            slots.write(out.held, row["order"][0])
             slots.next_position += 1
             if slots.block.head:
-                logits = out["logits"][0].astype(np.float32)  # a copy: the next step overwrites what it returned
+                logits = out.arrays["logits"][0].astype(np.float32)  # a copy: the next step overwrites what it returned
             else:
-                hidden = out["hidden_out"]
+                hidden = out.held["hidden_out"]
         self.length += 1
         return logits
 

@@ -1,9 +1,9 @@
-"""Graphs on onnxruntime's CPU provider."""
+"""Graphs on onnxruntime: on its CPU provider, or wholly on a GPU with another one."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +11,9 @@ import numpy as np
 import onnxruntime as ort
 
 from tmc_export.bundle.read import path_in
-from tmc_export.core.errors import BundleError, ResourceError
-from tmc_export.runtime._backend import BackendOptions
+from tmc_export.core.errors import BundleError, ResourceError, RuntimeInputError
+from tmc_export.runtime._backend import PROVIDERS, BackendOptions, Held, Outputs
+from tmc_export.runtime._host import HostMemory
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -35,7 +36,7 @@ class _OrtGraph:
         self._filled = {name.replace(_FILLED, "past_key_values.", 1): name for name in outputs if name.startswith(_FILLED)}
         self._step: _Step | None = None
 
-    def run(self, feed: Mapping[str, Array]) -> dict[str, Array]:
+    def run(self, feed: Mapping[str, Held]) -> dict[str, Array]:
         """Run once; arrays are read in place.
 
         Raises:
@@ -47,22 +48,28 @@ class _OrtGraph:
         with self._errors():
             found = dict(zip(names, self._session.run(names, wanted), strict=True))
         for name in self._filled.values():  # the row that was written, as the other phases return it
-            row = int(feed["past_valid"].sum())
+            row = int(np.asarray(feed["past_valid"]).sum())
             found[name.replace(_FILLED, "present.", 1)] = found.pop(name)[:, :, row : row + 1]
         return found
 
-    def step(self, feed: Mapping[str, Array]) -> dict[str, Array]:
+    def relay(self, feed: Mapping[str, Held], fetch: Collection[str]) -> Outputs:
+        """Run once; all outputs are arrays. See `Graph.relay` and `run`."""
+        found = self.run(feed)
+        return Outputs(found, found)
+
+    def step(self, feed: Mapping[str, Held], fetch: Collection[str]) -> Outputs:
         """Run once, with the new rows written into the feed's `past_key_values.*` where the graph can; see `Graph.step`.
 
         Raises:
             ResourceError: not enough memory to run it.
             BundleError: onnxruntime gives up on it for another reason.
         """
-        wanted = {name: feed[name] for name in self.inputs}
+        wanted: dict[str, Any] = {name: feed[name] for name in self.inputs}
         with self._errors():
             if self._step is None:
                 self._step = _Step(self._session, self._filled, self._outputs)
-            return self._step.run(wanted)
+            found = self._step.run(wanted)
+        return Outputs(found, found)
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -101,7 +108,7 @@ class _Step:
             if self._arrays.get(name) is not array:
                 self._bind(name, array)
         self._session.run_with_iobinding(self._binding)
-        return dict(self._outputs)
+        return self._outputs
 
     def _bind(self, name: str, array: Array) -> None:
         value = _in_place(name, array)
@@ -120,12 +127,15 @@ def _in_place(name: str, array: Array) -> ort.OrtValue:
     return value
 
 
-class OnnxRuntimeBackend:
+class OnnxRuntimeBackend(HostMemory):
     """Opens one session per graph, at first use.
 
     Args:
         folder: the bundle.
         options: see `BackendOptions`.
+
+    Raises:
+        RuntimeInputError: the installed onnxruntime lacks the provider.
     """
 
     name = "onnxruntime"
@@ -133,14 +143,20 @@ class OnnxRuntimeBackend:
     def __init__(self, folder: Path, options: BackendOptions) -> None:
         self._folder = folder
         self._options = options
+        self._provider = PROVIDERS[options.provider]
+        if self._provider not in (here := ort.get_available_providers()):
+            raise RuntimeInputError(
+                f"onnxruntime {ort.__version__} has no {self._provider} (it has {', '.join(here)}); "
+                "install an onnxruntime that has it, such as onnxruntime-gpu, or use --provider cpu"
+            )
         self._graphs: dict[str, _OrtGraph] = {}
 
     def graph(self, file: str) -> _OrtGraph:
         """Return the graph of a bundle file.
 
         Raises:
-            BundleError: onnxruntime refuses the file.
-            ResourceError: not enough memory to load it.
+            BundleError: onnxruntime refuses the file, or the provider cannot run all of it.
+            ResourceError: not enough memory to load it, or the provider does not start.
         """
         if file not in self._graphs:
             options = ort.SessionOptions()
@@ -154,10 +170,32 @@ class OnnxRuntimeBackend:
                 options.add_session_config_entry("session.disable_prepacking", "1")
             path = path_in(self._folder, file)
             try:
-                session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+                session = ort.InferenceSession(str(path), options, providers=self._providers(file, options))
             except MemoryError as error:
                 raise ResourceError(f"not enough memory to load {path}; free memory or compress and quantize more") from error
             except Exception as error:  # onnxruntime raises classes of its own C++ module that share no documented base
-                raise BundleError(f"onnxruntime {ort.__version__} cannot load {path}: {str(error).splitlines()[0]}") from error
+                raise BundleError(f"onnxruntime {ort.__version__} cannot load {path}: {str(error).splitlines()[0]}{self._hint}") from error
+            self._expect_provider(session, file)
             self._graphs[file] = _OrtGraph(session, file)
         return self._graphs[file]
+
+    def _providers(self, file: str, options: ort.SessionOptions) -> list[str]:
+        """Name the providers of a session. But for the token table nothing may be left to the CPU, where it would be slow in silence."""
+        if self._options.provider == "cpu" or file in self._options.host:
+            return [PROVIDERS["cpu"]]
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        return [self._provider, PROVIDERS["cuda"]] if self._options.provider == "tensorrt" else [self._provider]
+
+    @property
+    def _hint(self) -> str:
+        if self._options.provider == "cpu":
+            return ""
+        return f"; {self._provider} must run all of a graph (graphs for runtime: onnxruntime hold operators of its own): use --provider cpu"
+
+    def _expect_provider(self, session: ort.InferenceSession, file: str) -> None:
+        """Refuse a session that onnxruntime, with no more than a line in its log, made without the provider."""
+        if self._options.provider != "cpu" and file not in self._options.host and self._provider not in (has := session.get_providers()):
+            raise ResourceError(
+                f"{self._provider} does not start here (onnxruntime would use {', '.join(has)}); install its CUDA libraries and a driver, "
+                "or use --provider cpu"
+            )

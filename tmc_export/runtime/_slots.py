@@ -9,6 +9,8 @@ import numpy as np
 
 from tmc_export.bundle.program import BlockProgram, Program
 from tmc_export.core.errors import RuntimeInputError
+from tmc_export.runtime._backend import Backend, Held
+from tmc_export.runtime._host import HostMemory
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -19,7 +21,12 @@ __all__ = ["BlockSlots"]
 
 
 class BlockSlots:
-    """Buffers `[1, g, C, d]` per layer of a block.
+    """Slots `[1, g, C, d]` per layer of a block, and on the host what lies in them.
+
+    Args:
+        block: the block.
+        program: the bundle's.
+        backend: gives the memory of keys and values; None: arrays.
 
     Attributes:
         order: int64 `[1, C]`; place in the conversation of what a slot holds.
@@ -28,11 +35,11 @@ class BlockSlots:
         next_position: rotary position that the next token gets in this block.
     """
 
-    def __init__(self, block: BlockProgram, program: Program) -> None:
+    def __init__(self, block: BlockProgram, program: Program, backend: Backend | None = None) -> None:
         self.block, self._axes = block, program.rope_axes
         shape = (1, program.kv_heads, block.capacity, program.head_dim)
-        self._layers = range(block.first, block.last)
-        self._buffers = {f"past_key_values.{i}.{kind}": np.zeros(shape, program.dtype) for i in self._layers for kind in ("key", "value")}
+        names = [f"past_key_values.{i}.{kind}" for i in range(block.first, block.last) for kind in ("key", "value")]
+        self._store = (HostMemory() if backend is None else backend).slots(names, shape, program.dtype)
         self.order: Array = np.zeros((1, block.capacity), np.int64)
         self.valid: Array = np.zeros((1, block.capacity), np.bool_)
         self.used = 0
@@ -48,19 +55,19 @@ class BlockSlots:
         self.valid[:, used:] = False
         self.used, self.next_position = used, next_position
 
-    def feed(self) -> dict[str, Array]:
+    def feed(self) -> dict[str, Held]:
         """The past inputs of the block's graphs."""
-        return {**self._buffers, "past_order": self.order, "past_valid": self.valid}
+        return {**self._store.tensors, "past_order": self.order, "past_valid": self.valid}
 
-    def step_feed(self) -> dict[str, Array]:
-        """What the block's decode graph reads besides `hidden`, in arrays that stay from token to token, to be filled in place."""
+    def step_row(self) -> dict[str, Array]:
+        """What the block's decode graph reads of the new token besides `hidden`, in arrays that stay from token to token, to be filled."""
         row = {name: np.zeros((1, 1), np.int64) for name in ("order", "since")}
         positions = np.zeros((self._axes, 1, 1), np.int64)
-        return {**row, "positions": positions, "valid": np.ones((1, 1), np.bool_), "last": np.zeros(1, np.int64), **self.feed()}
+        return {**row, "positions": positions, "valid": np.ones((1, 1), np.bool_), "last": np.zeros(1, np.int64)}
 
-    def key(self, layer: int) -> Array:
+    def key(self, layer: int) -> Held:
         """Keys `[1, g, C, d]` of a layer."""
-        return self._buffers[f"past_key_values.{layer}.key"]
+        return self._store.tensors[f"past_key_values.{layer}.key"]
 
     def check_room(self, count: int) -> None:
         """Refuse tokens that the slots cannot take.
@@ -75,12 +82,11 @@ class BlockSlots:
                 "start a new conversation, or build with larger inputs.text_tokens or inputs.new_tokens"
             )
 
-    def write(self, present: Mapping[str, Array], order: Array) -> None:
+    def write(self, present: Mapping[str, Held], order: Array) -> None:
         """Append the first `len(order)` rows of the block's new keys and values; without any `present.*` the graph wrote them itself."""
         count, start = order.shape[0], self.used
         if any(name.startswith("present.") for name in present):
-            for name, buffer in self._buffers.items():
-                buffer[:, :, start : start + count] = present[name.replace("past_key_values.", "present.", 1)][:, :, :count]
+            self._store.append(present, start, count)
         self.order[0, start : start + count] = order
         self.valid[0, start : start + count] = True
         self.used += count
@@ -89,8 +95,7 @@ class BlockSlots:
         """Of the slots from `start` on, keep those that `keep` (bool) marks, and move them together."""
         chosen = start + np.flatnonzero(keep)
         end = start + chosen.shape[0]
-        for buffer in self._buffers.values():
-            buffer[:, :, start:end] = buffer[:, :, chosen]
+        self._store.move(start, chosen)
         self.order[0, start:end] = self.order[0, chosen]
         self.valid[0, end:] = False
         self.used = end

@@ -6,12 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tmc_export.bundle.program import BlockProgram
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Array = NDArray[Any]
 
-__all__ = ["columns_of_turn", "pad_columns"]
+__all__ = ["columns_of_turn", "pad_columns", "sum_names"]
+
+
+def sum_names(block: BlockProgram) -> list[str]:
+    """Names of the sums that a block's prefill and chunk graphs return."""
+    return [f"sums.{layer}.{n}" for layer, sums in block.row_sums.items() for n in range(len(sums))]
 
 
 def columns_of_turn(sums: Array, past: int, start: int, count: int, piece: slice) -> Array:

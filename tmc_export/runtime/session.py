@@ -336,7 +336,9 @@ class Session:
         return found
 
 
-def load(folder: str | Path, *, backend: str = "onnxruntime", threads: int | None = None, int4_accuracy: int = 4) -> Session:
+def load(
+    folder: str | Path, *, backend: str = "onnxruntime", threads: int | None = None, int4_accuracy: int = 4, provider: str = "cpu"
+) -> Session:
     """Open a bundle.
 
     Args:
@@ -344,14 +346,16 @@ def load(folder: str | Path, *, backend: str = "onnxruntime", threads: int | Non
         backend: `onnxruntime`, `tensorrt` or `tensorrt-rtx`.
         threads: threads of the CPU path; None: its own choice.
         int4_accuracy: how the CPU path multiplies int4 weights: 4 rounds activations to int8 (fast), 1 keeps them (what a device computes).
+        provider: what onnxruntime uses: `cpu`, `cuda` or `tensorrt`.
 
     Raises:
         BundleError: files are missing or damaged.
+        TmcError: as `open_backend`.
     """
     path = Path(folder)
     manifest = open_manifest(path)
     small = [name for name, entry in manifest.files.items() if entry.size <= _HASHED_BYTES and not name.startswith("engines/")]
     check_files(path, manifest, sizes_only=True)
     check_files(path, manifest, small)
-    options = options_for(manifest.program, threads, int4_accuracy)
+    options = options_for(manifest.program, threads, int4_accuracy, provider)
     return Session(path, manifest, backend, options)
