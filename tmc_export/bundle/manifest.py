@@ -36,7 +36,8 @@ class Manifest(BaseModel):
         versions: tool → version.
         program: what the runtime follows.
         proofs: rung → "passed", "failed" or "not run: …".
-        files: path in the bundle → size and hash; the manifest itself is not listed.
+        files: path in the bundle → size and hash. The manifest itself is not listed, nor what `tmc-export engine` writes anew for another
+            machine: `engines/engines.json` has size and hash of every engine.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -155,12 +155,18 @@ def _replace(work: Path, target: Path, old: Path) -> None:
             return
 
 
+def _rebuilt(name: str) -> bool:
+    """Say whether a file is written anew when engines are built for another machine: engines, their layers, their record."""
+    return name.startswith("engines/") and name.endswith((".engine", ".engine.layers.json", "/engines.json", "/timing.cache"))
+
+
 def seal(folder: Path, manifest: Manifest) -> Manifest:
-    """Hash every file of `folder` and write the manifest; returns it with `files` filled in."""
+    """Hash every file of `folder` but built engines, and write the manifest; returns it with `files` filled in."""
     files: dict[str, FileEntry] = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path != folder / MANIFEST:
-            files[path.relative_to(folder).as_posix()] = FileEntry(size=path.stat().st_size, sha256=hash_file(path))
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and path != folder / MANIFEST and not _rebuilt(name):
+            files[name] = FileEntry(size=path.stat().st_size, sha256=hash_file(path))
     return write_manifest(folder, manifest.model_copy(update={"files": files}))
 
 

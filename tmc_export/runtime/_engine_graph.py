@@ -114,6 +114,7 @@ class EngineGraph:
         for name in names:
             self._expect_static(name)
         self._bound: dict[str, int] = {}
+        self._known: dict[str, Held] = {}  # tensors of the device that are bound: the slots, token after token
         self._bindings = 0  # how often an address changed
         self._own: dict[str, DeviceTensor] = {}
         self._staged: dict[str, tuple[Pinned, Array]] = {}
@@ -277,10 +278,14 @@ class EngineGraph:
             if not self._bytes(name):
                 continue
             value = feed[name]
+            if value is self._known.get(name):
+                continue
             self._expect(name, value, pad)
             if isinstance(value, DeviceTensor):
                 self._bind(name, value.address)
+                self._known[name] = value
                 continue
+            self._known.pop(name, None)
             own = self._place(name)
             self._bind(name, own.address)
             if isinstance(value, DevicePiece):
