@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tmc_export.bundle.program import Program
 from tmc_export.core.errors import BundleError
-from tmc_export.runtime._backend import Backend, Graph
+from tmc_export.runtime._backend import Backend, Graph, Held, Outputs, Rows, SlotStore
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -51,13 +52,21 @@ class Capture:
         """Return a graph whose feeds are kept."""
         return _Tapped(self, self._backend.graph(file), file)
 
-    def keep(self, file: str, inputs: tuple[str, ...], feed: Mapping[str, Array]) -> None:
+    def slots(self, names: Sequence[str], shape: tuple[int, ...], dtype: str) -> SlotStore:
+        """The other backend's slots."""
+        return self._backend.slots(names, shape, dtype)
+
+    def rows(self, name: str, most: int, axis: int) -> Rows:
+        """The other backend's rows."""
+        return self._backend.rows(name, most, axis)
+
+    def keep(self, file: str, inputs: tuple[str, ...], feed: Mapping[str, Held]) -> None:
         """Keep a copy of a feed while there is room: slots are filled in place later."""
         kept = self.feeds.setdefault(file, [])
         if len(kept) < _KEPT:
             kept.append({name: np.array(feed[name]) for name in inputs if name in feed})
 
-    def fail(self, file: str, inputs: tuple[str, ...], feed: Mapping[str, Array], error: BundleError) -> None:
+    def fail(self, file: str, inputs: tuple[str, ...], feed: Mapping[str, Held], error: BundleError) -> None:
         """Remember the first graph that could not be run."""
         if self.failed is None:
             self.failed = (file, {name: np.array(feed[name]) for name in inputs if name in feed}, str(error))
@@ -68,16 +77,23 @@ class _Tapped:
         self._capture, self._graph, self._file = capture, graph, file
         self.inputs = graph.inputs
 
-    def run(self, feed: Mapping[str, Array]) -> dict[str, Array]:
-        return self._tap(feed, self._graph.run)
+    def run(self, feed: Mapping[str, Held]) -> dict[str, Array]:
+        with self._tapping(feed):
+            return self._graph.run(feed)
 
-    def step(self, feed: Mapping[str, Array]) -> dict[str, Array]:
-        return self._tap(feed, self._graph.step)
+    def relay(self, feed: Mapping[str, Held], fetch: Collection[str]) -> Outputs:
+        with self._tapping(feed):
+            return self._graph.relay(feed, fetch)
 
-    def _tap(self, feed: Mapping[str, Array], run: Callable[[Mapping[str, Array]], dict[str, Array]]) -> dict[str, Array]:
+    def step(self, feed: Mapping[str, Held], fetch: Collection[str]) -> Outputs:
+        with self._tapping(feed):
+            return self._graph.step(feed, fetch)
+
+    @contextmanager
+    def _tapping(self, feed: Mapping[str, Held]) -> Iterator[None]:
         self._capture.keep(self._file, self.inputs, feed)
         try:
-            return run(feed)
+            yield
         except BundleError as error:
             self._capture.fail(self._file, self.inputs, feed, error)
             raise
