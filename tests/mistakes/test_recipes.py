@@ -72,7 +72,7 @@ WRONG: list[tuple[str, str, int, tuple[str, ...]]] = [
     ("keep names nothing", line(7, "quantize: {decoder: {weights: int4, block: 32, keep: [mlp.dwn]}}"), 3, ("recipe.yaml:7", "mlp.dwn")),
     ("unknown device", line(8, "target: {device: jetson-agx-orin-65gb}"), 2, ("recipe.yaml:8", "jetson-agx-orin-64gb")),
     ("device file missing", line(8, "target: {device: ./mine.yaml}"), 2, ("recipe.yaml:8", "./mine.yaml")),
-    ("fp8 on Orin", line(7, "quantize: {decoder: {weights: fp8}}").replace("device: cpu", "device: jetson-agx-orin-64gb"), 2, ("fp8",)),
+    ("fp8 on Orin", line(7, "quantize: {decoder: {weights: fp8}}").replace("device: cpu", "device: jetson-agx-orin-64gb"), 3, ("fp8",)),
     ("runtime without GPU", line(8, "target: {device: cpu, runtime: tensorrt}"), 3, ("recipe.yaml:8", "tensorrt", "cpu")),
     ("RTX on Orin", line(8, "target: {device: jetson-agx-orin-64gb, runtime: tensorrt-rtx}"), 3, ("recipe.yaml:8", "runtime: tensorrt")),
     ("bfloat16", line(3, "model: {source: ./model, dtype: bfloat16}"), 3, ("recipe.yaml:3", "bfloat16")),

@@ -39,7 +39,7 @@ def x() -> dict[str, NDArray[Any]]:
     return {"x": np.random.default_rng(1).standard_normal((1, 3, 64)).astype(np.float32)}
 
 
-@pytest.mark.parametrize("scheme", [None, "fp16", "int4"])
+@pytest.mark.parametrize("scheme", [None, "fp16", "bf16", "int8", "int4", "fp8"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_three_products_become_one(scheme: str | None, bias: bool) -> None:
     text = BIASED if bias else PLAIN
@@ -79,3 +79,17 @@ def test_weights_stored_differently_are_not_joined() -> None:
     mixed = common.ShapeInferencePass()(graph(PLAIN, **weights())).model
     SCHEMES.get("fp16")(mixed, QuantizePlan("fp16"), lambda name: name == "wk")
     assert not JoinProjectionsPass()(mixed).modified
+
+
+def test_codes_with_two_scales_are_joined_where_one_is_shared() -> None:
+    after = model(PLAIN, "nvfp4")
+    assert JoinProjectionsPass()(after).modified
+    assert operators(after).count("MatMul") == 1 and operators(after).count("DequantizeLinear") == 2
+    shapes = sorted(tuple(v.const_value.shape.numpy()) for v in after.graph.initializers.values())
+    assert shapes == [(), (3,), (4, 18), (64, 18)]
+    apart = model(PLAIN, "nvfp4")
+    inner = [n for n in apart.graph if n.op_type == "DequantizeLinear" and n.inputs[0].dtype == ir.DataType.FLOAT8E4M3FN]
+    own = ir.val("own", const_value=ir.tensor(np.float32(0.5), name="own"))
+    apart.graph.register_initializer(own)
+    inner[0].replace_input_with(1, own)  # another scale: these codes stand for other numbers
+    assert not JoinProjectionsPass()(apart).modified

@@ -23,14 +23,14 @@ NANO = "device: jetson-orin-nano-8gb, runtime: tensorrt, decode_width: 2"
 
 
 # Weights → peak, GiB, measured with TensorRT-RTX 1.7. Within 10 %: the worst of the four is off by 9 %.
-@pytest.mark.parametrize(("weights", "int4", "peak"), [(0.94, False, 3.3), (2.88, False, 8.2), (5.75, False, 14.1), (4.07, True, 12.8)])
-def test_the_build_formula_is_near_what_was_measured(weights: float, int4: bool, peak: float) -> None:
-    assert peak_of_build(int(weights * GIB), int4) / GIB == pytest.approx(peak, rel=0.1)
+@pytest.mark.parametrize(("weights", "codes", "peak"), [(0.94, None, 3.3), (2.88, None, 8.2), (5.75, None, 14.1), (4.07, "int4", 12.8)])
+def test_the_build_formula_is_near_what_was_measured(weights: float, codes: str | None, peak: float) -> None:
+    assert peak_of_build(int(weights * GIB), codes) / GIB == pytest.approx(peak, rel=0.1)
 
 
-@pytest.mark.parametrize(("precision", "int4"), [("float16", False), ("int4", True)])
-def test_the_engine_room_reckons_the_same(precision: str, int4: bool) -> None:
-    assert peak_of_build(3 * GIB, int4) == estimate_bytes(3 * GIB, (), precision)
+@pytest.mark.parametrize("precision", ["float16", "int8", "fp8", "int4", "nvfp4"])
+def test_the_engine_room_reckons_the_same(precision: str) -> None:
+    assert peak_of_build(3 * GIB, None if precision == "float16" else precision) == estimate_bytes(3 * GIB, (), precision)
 
 
 def test_weights_of_7b(write: Writer, files: ModelFiles) -> None:

@@ -15,7 +15,7 @@ inputs: {{images: 1, text_tokens: 48, new_tokens: 8, chunk: 8}}
 compress:
   - {{at: decoder.1, method: pyramiddrop, layers: [1], keep: [50%]}}
 quantize: {{{quantize}}}
-target: {{device: cpu, runtime: onnxruntime}}
+target: {target}
 """
 """pyramiddrop's scores are those of the layer after the cut, so that the compress graph reads weights of that layer."""
 
@@ -31,13 +31,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def build(model: Path) -> Build:
-    """`build(name, quantize="decoder: {weights: int4, block: 32}", dtype="float32")` → the bundle's folder."""
+    """`build(name, quantize="decoder: {weights: int4, block: 32}", dtype="float32", target=…)` → the bundle's folder, without engines."""
     from tmc_export.api.bundling import build_bundle
 
-    def make(name: str, quantize: str = "", dtype: str = "float32") -> Path:
+    def make(name: str, quantize: str = "", dtype: str = "float32", target: str = "{device: cpu, runtime: onnxruntime}") -> Path:
         recipe = model.parent / f"{name}.yaml"
-        recipe.write_text(RECIPE.format(quantize=quantize, dtype=dtype), "utf-8")
-        return build_bundle(recipe, model.parent / name, record=False).folder
+        recipe.write_text(RECIPE.format(quantize=quantize, dtype=dtype, target=target), "utf-8")
+        return build_bundle(recipe, model.parent / name, record=False, engines=False).folder
 
     return make
 

@@ -95,9 +95,11 @@ def test_equal_names_in_two_graphs_are_not_mistaken_for_one_weight(tmp_path) -> 
 
 
 def test_an_unknown_scheme_names_those_there_are() -> None:
-    assert set(SCHEMES) == {"fp16", "int4"}
-    with pytest.raises(TmcError, match="unknown weight scheme 'int5'; did you mean 'int4'"):
-        SCHEMES.get("int5")
+    from tmc_export.recipe._schemes import BUILT
+
+    assert set(SCHEMES) == set(BUILT)
+    with pytest.raises(TmcError, match="unknown weight scheme 'nvfp5'; did you mean 'nvfp4'"):
+        SCHEMES.get("nvfp5")
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,11 @@ def test_the_schema_knows_every_key() -> None:
     assert json.loads(json.dumps(schema)) == schema
     assert list(schema["properties"]) == ["recipe", "name", "model", "inputs", "compress", "quantize", "target"]
     assert schema["additionalProperties"] is False
-    assert schema["$defs"]["QuantizePart"]["properties"]["weights"]["enum"] == ["fp16", "int4"]
+    part = schema["$defs"]["QuantizePart"]["properties"]
+    assert list(part) == ["weights", "activations", "block", "algorithm", "smooth", "keep"]
+    assert part["weights"]["enum"] == ["fp16", "bf16", "int8", "int4", "fp8", "nvfp4"]
+    assert list(schema["$defs"]["Quantize"]["properties"]) == ["encoder", "projector", "decoder", "head", "kv", "calibration"]
+    assert list(schema["$defs"]["Calibration"]["properties"]) == ["images", "prompts", "samples", "observer", "percentile"]
     weights = schema["$defs"]["WeightsSource"]
     assert list(weights["properties"]) == ["file", "prefix", "random"] and weights["additionalProperties"] is False
     assert [way["required"] for way in weights["oneOf"]] == [["file"], ["random"]]

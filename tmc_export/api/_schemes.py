@@ -69,10 +69,17 @@ class PartSchemes:
         self._changed: dict[str, int] = dict.fromkeys(self._plan, 0)
 
     def apply(self, model: ir.Model, graph: GraphKind) -> None:
-        """Apply to a graph, in place, the schemes of the parts it holds; weights stay lazy."""
+        """Apply to a graph, in place, the schemes of the parts it holds; weights stay lazy.
+
+        Raises:
+            LegalityError: a scheme cannot store one of the weights; names the part.
+        """
         for part, belongs in _PARTS[graph].items():
             if part in self._plan:
-                applied = SCHEMES.get(self._plan[part].weights)(model, self._plan[part], belongs)
+                try:
+                    applied = SCHEMES.get(self._plan[part].weights)(model, self._plan[part], belongs)
+                except LegalityError as error:
+                    raise LegalityError(f"quantize.{part}: {error}") from error
                 self._changed[part] += len(applied.changed) + len(applied.kept)
 
     def finish(self) -> None:

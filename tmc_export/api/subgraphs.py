@@ -116,7 +116,8 @@ class _Exporter:
         model = self._trace(module, inputs, module.input_names(), module.output_names, [None] * len(inputs))
         self._hand_on(module.states)
         file = self._save(model, name, {}, "vision", "vision.data")
-        self.profiles.append({"name": name, "onnx": file, "precision": self.plan.dtype, "profiles": [{"name": "static", "shapes": {}}]})
+        precision = self._precision("encoder")
+        self.profiles.append({"name": name, "onnx": file, "precision": precision, "profiles": [{"name": "static", "shapes": {}}]})
         return VisionProgram(
             file=file,
             tokens=plan.tokens,
@@ -246,8 +247,13 @@ class _Exporter:
                 for n, x, axes in zip(names, inputs, symbols, strict=True)
             }
             profiles.append({"name": phase, "shapes": shapes})
-        precision = "int4" if "decoder" in self.plan.quantize and self.plan.quantize["decoder"].weights == "int4" else self.plan.dtype
+        precision = self._precision("decoder")
         self.profiles.append({"name": name, "onnx": f"engines/{name}.onnx", "precision": precision, "profiles": profiles})
+
+    def _precision(self, part: str) -> str:
+        """How a part's weights are stored, for the engine builder's estimate of memory."""
+        scheme = self.plan.quantize.get(part)
+        return scheme.weights if scheme is not None and scheme.weights not in ("fp16", "bf16") else self.plan.dtype
 
     def cut(self, plan: CutPlan) -> CutProgram:
         name = f"compress_{plan.before_block}"

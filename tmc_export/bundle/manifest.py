@@ -54,3 +54,10 @@ class Manifest(BaseModel):
     program: Program
     proofs: dict[str, str] = Field(default_factory=dict)
     files: dict[str, FileEntry] = Field(default_factory=dict)
+
+    @property
+    def schemes(self) -> frozenset[str]:
+        """The weight schemes of the recorded plan."""
+        quantize = self.plan.get("quantize")
+        parts = quantize.values() if isinstance(quantize, dict) else ()
+        return frozenset(str(part["weights"]) for part in parts if isinstance(part, dict) and "weights" in part)

@@ -1,7 +1,7 @@
 """Shrinking a failing model with polygraphy's reducers, in this process.
 
 `polygraphy debug reduce` needs onnx-graphsurgeon, reads every weight at each step and starts a process per step; its search, `BisectMarker`
-and `LinearMarker`, needs none of that and is used here (docs/adr/0011-debug.md).
+and `LinearMarker`, needs none of that and is used here (docs/adr/0013-debug.md).
 """
 
 from __future__ import annotations

@@ -8,7 +8,9 @@ from tmc_export.engine.options import LayerInfo
 
 __all__ = ["activation_bytes", "parse_layers"]
 
-_LAYER = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<kind>[^,\n]+)", re.MULTILINE)
+_LAYER = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<kind>[^,\n]+)(?P<rest>.*)", re.MULTILINE)
+_CONSTANTS = re.compile(r"Constants: \[(.*?)\], Outputs:")
+_TYPE = re.compile(r"Datatype: (\w+)")
 _ACTIVATION = re.compile(r"^Total Activation Memory: (\d+) bytes", re.MULTILINE)
 
 
@@ -17,8 +19,16 @@ def parse_layers(message: str) -> tuple[LayerInfo, ...]:
 
     >>> parse_layers("Layers:\\nName: _gemm_mha_v2_myl0_3, LayerType: kgen, Inputs: []")[0].attention
     True
+    >>> line = "Name: fc, LayerType: runtime_fusion, Inputs: [], Constants: [ { Name: w, Datatype: Int8 }], Outputs: [ { Datatype: Half }]"
+    >>> parse_layers(line)[0].constants
+    ('Int8',)
     """
-    return tuple(LayerInfo(found["name"], found["kind"].strip()) for found in _LAYER.finditer(message))
+    return tuple(LayerInfo(found["name"], found["kind"].strip(), _constants(found["rest"])) for found in _LAYER.finditer(message))
+
+
+def _constants(line: str) -> tuple[str, ...]:
+    found = _CONSTANTS.search(line)
+    return () if found is None else tuple(dict.fromkeys(_TYPE.findall(found[1])))
 
 
 def activation_bytes(lines: list[str]) -> tuple[int, ...]:

@@ -56,6 +56,6 @@ def report_fields(report: EngineReport) -> dict[str, object]:
 def report_from(fields: dict[str, Any]) -> EngineReport:
     """Read what `report_fields` wrote."""
     lists = ("capabilities", "activation_bytes", "profiles", "warnings")
-    layers = tuple(LayerInfo(str(item["name"]), str(item["kind"])) for item in fields["layers"])
+    layers = tuple(LayerInfo(str(item["name"]), str(item["kind"]), tuple(item.get("constants", ()))) for item in fields["layers"])
     plain = {name: tuple(fields[name]) for name in lists}
     return EngineReport(**{**fields, **plain, "layers": layers, "path": Path(fields["path"])})

@@ -90,7 +90,7 @@ class Subgraph:
     Attributes:
         name: `"block_0"`; also the stem of the engine's file.
         onnx: path of the graph below the bundle, with `/`.
-        precision: `"float16"`, `"float32"` or `"int4"`; only the memory estimate depends on it.
+        precision: `"float16"`, `"float32"` or a weight scheme; only the memory estimate depends on it.
         profiles: at least one.
     """
 
@@ -102,10 +102,16 @@ class Subgraph:
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """One layer of the built engine, as TensorRT names it, e.g. `_gemm_mha_v2_myl0_3` of kind `kgen`."""
+    """One layer of the built engine.
+
+    Attributes:
+        name, kind: as TensorRT names it, e.g. `_gemm_mha_v2_myl0_3` of kind `kgen`.
+        constants: types of the stored tensors that it reads, each once, as TensorRT names them: `Half`, `Int8`, `Int4`, `FP8`, `FP4E2M1`.
+    """
 
     name: str
     kind: str
+    constants: tuple[str, ...] = ()
 
     @property
     def attention(self) -> bool:

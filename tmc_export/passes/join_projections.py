@@ -2,7 +2,8 @@
 
 Before: `Add(MatMul(x, Wq), bq)`, `Add(MatMul(x, Wk), bk)`, `Add(MatMul(x, Wv), bv)`.
 After: `Split(Add(MatMul(x, [Wq|Wk|Wv]), [bq|bk|bv]))`. A weight may be stored in another type, `Cast(W)` or `DequantizeLinear(Q, s)`:
-codes and scales are joined alike, every column keeps its own. The bytes are joined while they are streamed to disk.
+codes and scales are joined alike, every column keeps its own. Scales may be stored in another type again, `DequantizeLinear(S, g)`, where
+the three have one `g`. The bytes are joined while they are streamed to disk.
 
 Three products or more of one input are joined. Two (gate and up of a feed-forward) are not: in a prompt, splitting their wide result
 costs more than the second product saves.
@@ -34,6 +35,7 @@ class _Product:
     Attributes:
         node: the MatMul.
         widen: the node between the stored tensors and the product, if any.
+        scales: the node that widens the scales, if any; its second input is common to all products.
         stored: weight, or codes and scales; the last axis of each counts the product's columns.
         columns: of the weight.
         bias: the Add that alone reads the product, and what it adds.
@@ -41,6 +43,7 @@ class _Product:
 
     node: ir.Node
     widen: ir.Node | None
+    scales: ir.Node | None
     stored: tuple[ir.Value, ...]
     columns: int
     bias: tuple[ir.Node, ir.Value] | None
@@ -48,9 +51,14 @@ class _Product:
     @property
     def kind(self) -> tuple[object, ...]:
         """What must be equal for two products to become one."""
-        how = None if self.widen is None else (self.widen.op_type, *sorted(f"{n}={a.value}" for n, a in self.widen.attributes.items()))
+        how = [_form(node) for node in (self.widen, self.scales)]
         tensors = [(_tensor(v).dtype, (sizes(v) or ())[:-1]) for v in self.stored]
-        return (how, *tensors, self.bias is not None)
+        return (*how, self.common, *tensors, self.bias is not None)
+
+    @property
+    def common(self) -> ir.Value | None:
+        """What scales are multiplied with."""
+        return None if self.scales is None else self.scales.inputs[1]
 
     @property
     def end(self) -> ir.Node:
@@ -79,6 +87,17 @@ def _tensor(value: ir.Value) -> ir.TensorProtocol:
     return value.const_value
 
 
+def _form(node: ir.Node | None) -> tuple[str, ...] | None:
+    """A widening's operator and attributes."""
+    return None if node is None else (node.op_type, *sorted(f"{n}={a.value}" for n, a in node.attributes.items()))
+
+
+def _widening(value: ir.Value | None) -> ir.Node | None:
+    """The node that widens a value from a stored type, of which the value is all that is read."""
+    node = value.producer() if value is not None and len(value.uses()) == 1 else None
+    return node if node is not None and node.op_type in _WIDENING and node.domain in ("", "ai.onnx") else None
+
+
 def _stored(value: ir.Value | None, rank: int | None = None) -> bool:
     """Whether a value is an initializer (of that rank) that one node reads."""
     if value is None or not value.is_initializer() or value.const_value is None or value.is_graph_output() or len(value.uses()) != 1:
@@ -92,18 +111,21 @@ def _product(node: ir.Node) -> _Product | None:
     weight = node.inputs[1]
     if weight is None or len(weight.uses()) != 1:
         return None
-    widen = weight.producer()
-    stored: tuple[ir.Value, ...] = ()
+    widen, scales = _widening(weight), None
     if widen is None:
-        stored = (weight,) if _stored(weight, 2) else ()
-    elif widen.op_type in _WIDENING and widen.domain in ("", "ai.onnx") and all(_stored(v) for v in widen.inputs):
-        stored = tuple(v for v in widen.inputs if v is not None)
+        stored: tuple[ir.Value | None, ...] = (weight,) if weight.producer() is None else ()
     else:
+        stored = tuple(widen.inputs)
+        scales = _widening(stored[1]) if len(stored) == 2 else None
+        if scales is not None and len(scales.inputs) == 2:
+            stored = (stored[0], scales.inputs[0])
+    if not all(_stored(v) for v in stored):
         return None
-    shapes = [sizes(value) or (0,) for value in stored]
+    found = tuple(v for v in stored if v is not None)
+    shapes = [sizes(value) or (0,) for value in found]
     if len({shape[-1] for shape in shapes}) != 1 or len(shapes[0]) != 2:
         return None
-    return _Product(node, widen, stored, shapes[0][-1], _bias(node, shapes[0][-1]))
+    return _Product(node, widen, scales, found, shapes[0][-1], _bias(node, shapes[0][-1]))
 
 
 def _bias(node: ir.Node, columns: int) -> tuple[ir.Node, ir.Value] | None:
@@ -121,7 +143,12 @@ def _join(graph: ir.Graph, products: Sequence[_Product]) -> None:
     made: list[ir.Node] = []
     weight = stored[0]
     if first.widen is not None:
-        made.append(ir.node(first.widen.op_type, stored, attributes=dict(first.widen.attributes)))
+        inputs = stored
+        if first.scales is not None:
+            made.append(ir.node(first.scales.op_type, [stored[1], first.common], attributes=dict(first.scales.attributes)))
+            _like(made[-1].outputs[0], first.scales.outputs[0], sum(columns), f"{name}.scales")
+            inputs = [stored[0], made[-1].outputs[0]]
+        made.append(ir.node(first.widen.op_type, inputs, attributes=dict(first.widen.attributes)))
         weight = made[-1].outputs[0]
         weight.name, weight.type = f"{name}.widened", _value(first.node.inputs[1]).type
         weight.shape = ir.Shape((*(sizes(stored[0]) or ())[:-1], sum(columns)))
@@ -143,8 +170,7 @@ def _join(graph: ir.Graph, products: Sequence[_Product]) -> None:
         _like(part, old, product.columns, old.name)
         old.replace_all_uses_with(part)
         graph.remove([product.node] if product.bias is None else [product.end, product.node], safe=True)
-        if product.widen is not None:
-            graph.remove(product.widen, safe=True)
+        graph.remove([node for node in (product.widen, product.scales) if node is not None], safe=True)
     for value in [*(v for p in products for v in p.stored), *biases]:
         del graph.initializers[value.name or ""]
 

@@ -2,7 +2,8 @@
 
 Biases of the decoder are left out (none in Llama and Mistral; below 0.1 % in Qwen2). A projector is taken as two linears: LLaVA's, whose
 inner width is the decoder's, or a merger's, whose inner width is that of the joined patches. An encoder's feed-forward part is taken as
-two linears. A method's learned weights are counted by the shapes that it declares, once per recipe entry, with its first stage.
+two linears, its patch embedding as a kernel, which of the schemes int8 alone stores. A method's learned weights are counted by the shapes
+that it declares, once per recipe entry, with its first stage.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class WeightBytes:
         encoder, projector: of one picture bucket; buckets share them on disk.
         embed: the token table.
         decoder: the layers and the final norm.
-        head: the output head; 0 when it is the token table.
+        head: the output head; 0 when it is the token table as it lies (fp8 codes of it are a tensor of their own).
         cuts: query and key weights that cuts hold once more (`Attention(layer="next")`).
         methods: learned weights of methods.
         towers: text towers.
@@ -66,10 +67,21 @@ def encoder_weights(facts: ModelFacts) -> int:
 
     A CLIP ViT-L layer (width 1024, inner 4096): 4·(1024² + 1024) + 2·1024·4096 + 4096 + 1024 + 4·1024 = 12,596,224.
     """
+    return sum(into * out for into, out in _encoder_linears(facts)) + _encoder_rest(facts)
+
+
+def _encoder_linears(facts: ModelFacts) -> list[tuple[int, int]]:
+    """Input and output width of every matrix of the encoder's layers in use, and of the patch embedding."""
     e = facts.encoder
-    layer = 4 * (e.width * e.width + e.width) + 2 * e.width * e.intermediate + e.intermediate + e.width + 4 * e.width
-    first = 3 * e.patch * e.patch * e.width + (e.tokens if e.merge == 1 else 0) * e.width + e.class_tokens * 3 * e.width
-    return e.layers * layer + first
+    layer = [*([(e.width, e.width)] * 4), (e.width, e.intermediate), (e.intermediate, e.width)]
+    return [(3 * e.patch * e.patch, e.width), *(layer * e.layers)]
+
+
+def _encoder_rest(facts: ModelFacts) -> int:
+    """Biases, norms, position table and class token."""
+    e = facts.encoder
+    layer = 4 * e.width + e.intermediate + e.width + 4 * e.width
+    return e.layers * layer + (e.tokens if e.merge == 1 else 0) * e.width + e.class_tokens * 3 * e.width
 
 
 def projector_widths(facts: ModelFacts) -> tuple[int, int, int]:
@@ -91,13 +103,15 @@ def decoder_linears(d: DecoderFacts) -> dict[str, tuple[int, int]]:
 
 
 def _linear_bytes(plan: Plan, part: Literal["encoder", "projector", "decoder", "head"], into: int, out: int, name: str = "") -> int:
-    """One linear under the part's scheme. int4: half a byte a weight, and a scale per block of input channels and output."""
+    """One linear under the part's scheme: its codes and their scales, one per output, or per output and block of input channels."""
     scheme, width = plan.quantize.get(part), WIDTHS[plan.dtype]
     if scheme is None or any(k in name for k in scheme.keep):
         return into * out * width
-    if scheme.weights == "fp16":
+    if scheme.weights in ("fp16", "bf16"):
         return into * out * 2
-    return -(-into // 2) * out + -(-into // scheme.block) * out * width
+    if scheme.weights in ("int8", "fp8"):
+        return into * out + out * width
+    return -(-into // 2) * out + -(-into // scheme.block) * out * (1 if scheme.weights == "nvfp4" else width)
 
 
 def layer_bytes(plan: Plan, layer: int) -> int:
@@ -120,8 +134,14 @@ def block_bytes(plan: Plan, block: BlockPlan) -> int:
 
 
 def embed_bytes(plan: Plan) -> int:
-    """Bytes of the token table."""
-    return plan.facts.decoder.vocabulary * plan.facts.decoder.width * WIDTHS[plan.dtype]
+    """Bytes of the token table, which goes with the head; not in fp8, of which no rows can be looked up."""
+    d = plan.facts.decoder
+    return d.vocabulary * d.width * WIDTHS[plan.dtype] if _fp8_head(plan) else head_bytes(plan)
+
+
+def _fp8_head(plan: Plan) -> bool:
+    scheme = plan.quantize.get("head")
+    return scheme is not None and scheme.weights == "fp8"
 
 
 def vision_bytes(plan: Plan) -> int:
@@ -149,15 +169,23 @@ def _learned_in_vision(plan: Plan) -> int:
 
 
 def _encoder_bytes(plan: Plan) -> int:
-    wide = 2 if "encoder" in plan.quantize else WIDTHS[plan.dtype]
-    return (encoder_weights(plan.facts) + _looked_ahead(plan)) * wide if plan.images else 0
+    if not plan.images:
+        return 0
+    width, wide = plan.facts.encoder.width, WIDTHS[plan.dtype]
+    patches, *linears = _encoder_linears(plan.facts)
+    rest = _encoder_rest(plan.facts)
+    if _looks_ahead_behind(plan):
+        linears += [(width, width)] * 2
+        rest += 4 * width
+    scheme = plan.quantize.get("encoder")
+    first = _linear_bytes(plan, "encoder", *patches) if scheme is not None and scheme.weights == "int8" else patches[0] * patches[1] * wide
+    return first + sum(_linear_bytes(plan, "encoder", into, out) for into, out in linears) + rest * wide
 
 
-def _looked_ahead(plan: Plan) -> int:
-    """Norm, query and key weights of the first encoder layer not in use, where a stage scores with it."""
+def _looks_ahead_behind(plan: Plan) -> bool:
+    """Whether a stage scores with norm, query and key of the first encoder layer not in use."""
     stages = [s for s in plan.vision[0].stages if s.stage.at.part == "encoder" and s.stage.at.layer is None] if plan.vision else []
-    width = plan.facts.encoder.width
-    return 2 * (width * width + width) + 2 * width if any(looks_ahead(s) for s in stages) else 0
+    return any(looks_ahead(s) for s in stages)
 
 
 def looks_ahead(stage: StagePlan) -> bool:
@@ -166,9 +194,11 @@ def looks_ahead(stage: StagePlan) -> bool:
 
 
 def _projector_bytes(plan: Plan) -> int:
-    wide = 2 if "projector" in plan.quantize else WIDTHS[plan.dtype]
-    own = plan.images and not any(v.replacing for v in plan.vision)
-    return projector_weights(plan.facts) * wide if own else 0
+    if not plan.images or any(v.replacing for v in plan.vision):
+        return 0
+    into, inner, out = projector_widths(plan.facts)
+    biases = (inner + out) * WIDTHS[plan.dtype]
+    return _linear_bytes(plan, "projector", into, inner) + _linear_bytes(plan, "projector", inner, out) + biases
 
 
 def cut_bytes(plan: Plan, index: int) -> int:
@@ -191,7 +221,7 @@ def weight_bytes(plan: Plan) -> WeightBytes:
         projector=_projector_bytes(plan),
         embed=embed_bytes(plan),
         decoder=sum(layer_bytes(plan, layer) for layer in range(d.layers)) + d.width * WIDTHS[plan.dtype],
-        head=0 if d.tied else head_bytes(plan),
+        head=0 if d.tied and not _fp8_head(plan) else head_bytes(plan),
         cuts=sum(_duplicated_bytes(plan, index) for index in range(len(plan.cuts))),
         methods=_learned_in_vision(plan) + sum(learned_bytes(plan, cut.stages) for cut in plan.cuts),
         towers=sum(tower_bytes(plan, tower) for tower in plan.towers),

@@ -1,8 +1,8 @@
 """What cannot work is refused here, with the recipe's line, the reason and the fix.
 
-Budgets, sites and model limits are refused where they are resolved (`entries.py`, `resolve.py`), memory in `memory.py`; what a user should
-know of a legal plan is in `notes.py`. A TopK above TensorRT's 3840 needs no check: `graphs/_ops.py` ranks by comparison there. Entries at
-the same site act in the recipe's order.
+Budgets, sites and model limits are refused where they are resolved (`entries.py`, `resolve.py`), schemes in `quantization.py`, memory in
+`memory.py`; what a user should know of a legal plan is in `notes.py`. A TopK above TensorRT's 3840 needs no check: `graphs/_ops.py` ranks
+by comparison there. Entries at the same site act in the recipe's order.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from tmc_export.core.facts import EncoderFacts
 from tmc_export.graphs import METHODS
 from tmc_export.graphs._contract import Attention, Features, Keys, Need, TextEmbeds, TextTower
 from tmc_export.plan._weights import LINEARS
+from tmc_export.plan.quantization import check_built, check_calibration, check_capability, check_precisions
 from tmc_export.plan.states import leaving_vision
 from tmc_export.plan.tied import check_seen, check_unseen
 from tmc_export.plan.types import CutPlan, Plan, QuantizePlan, StagePlan
@@ -23,9 +24,6 @@ __all__ = ["RTX_CAPABILITIES", "check_plan", "check_target"]
 
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 """What TensorRT-RTX 1.7 builds for."""
-
-_NEEDS_AMPERE = ("bfloat16", "int4")
-"""Not on compute capability 7.5, by what TensorRT-RTX builds."""
 
 
 # -------------------------------------------------------------------------------------------------- recipe and device
@@ -37,7 +35,10 @@ def check_target(recipe: Recipe, device: Device) -> None:
     """
     _check_runtime(recipe, device)
     _check_capabilities(recipe, device)
-    _check_precisions(recipe, device)
+    check_precisions(recipe, device)
+    _check_dtype(recipe)
+    check_built(recipe)
+    check_calibration(recipe)
     if recipe.inputs.batch > 1:
         raise LegalityError(
             f"{recipe.origin(('inputs', 'batch'))}: inputs.batch: {recipe.inputs.batch} is not built yet: the runtime runs one "
@@ -111,32 +112,11 @@ def _check_capabilities(recipe: Recipe, device: Device) -> None:
             f"it builds for {', '.join(RTX_CAPABILITIES)}"
         )
     built_for = named or ((device.compute_capability,) if device.compute_capability else ())
-    if recipe.target.runtime == "tensorrt-rtx" and "7.5" in built_for:
-        for where, what in _precisions(recipe):
-            if what in _NEEDS_AMPERE:
-                raise LegalityError(
-                    f"{recipe.origin(where)}: {what} does not build for compute capability 7.5; write float16, or leave 7.5 out of the "
-                    "target"
-                )
+    if recipe.target.runtime == "tensorrt-rtx":
+        check_capability(recipe, built_for)
 
 
-def _precisions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
-    """Every precision the recipe asks for, with its place."""
-    found: list[tuple[tuple[str, ...], str]] = [(("model", "dtype"), recipe.model.dtype)]
-    for part in ("encoder", "projector", "decoder", "head", "kv"):
-        wanted = getattr(recipe.quantize, part)
-        if wanted is not None:
-            found.append((("quantize", part, "weights"), wanted.weights))
-    return found
-
-
-_DEVICE_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-
-
-def _check_precisions(recipe: Recipe, device: Device) -> None:
-    for where, what in _precisions(recipe):
-        if _DEVICE_NAMES.get(what, what) not in device.precisions:
-            raise LegalityError(f"{recipe.origin(where)}: {what} does not run on '{device.name}'; it has {', '.join(device.precisions)}")
+def _check_dtype(recipe: Recipe) -> None:
     if recipe.model.dtype == "bfloat16":
         raise LegalityError(
             f"{recipe.origin(('model', 'dtype'))}: graphs in bfloat16 are not built yet; write dtype: float16, into which the export "

@@ -2,7 +2,8 @@
 
 Engines: the peak of a build is 2.4 times the weights of the engine plus 0.75 GiB, 3.0 times for int4. Measured with TensorRT-RTX 1.7 on a
 CPU (weights → peak, GiB): fp16 0.94 → 3.3, 2.88 → 8.2, 5.75 → 14.1; int4 4.07 → 12.8; the formula gives 3.0, 7.7, 14.6 and 13.0. TensorRT
-on a Jetson: not run, the same is assumed. The engine room refuses with the same formula against the memory that is free when it builds.
+on a Jetson: not run, the same is assumed; so is nvfp4 beside int4, and int8 and fp8 beside fp16. The engine room refuses with the same
+formula against the memory that is free when it builds.
 
 onnxruntime keeps a packed copy of a block's weights per session, and one session per phase: three copies. `memory_tight` (no packing)
 leaves float32 weights in the file's pages, which the sessions share. Measured (1.31, CPU, three sessions): 778 MiB for 256 of float32, 2
@@ -30,7 +31,8 @@ __all__ = [
 ]  # fmt: skip
 
 GIB = 2**30
-_BUILD, _BUILD_INT4, _BUILD_BASE = 2.4, 3.0, 3 * GIB // 4
+_BUILD, _BUILD_BASE = 2.4, 3 * GIB // 4
+_BUILD_CODES = {"int4": 3.0, "nvfp4": 3.0}
 _RESERVE_SHARED, _RESERVE_SHARE, _RESERVE_OWN = 1 * GIB, 0.06, GIB // 2
 
 
@@ -135,9 +137,8 @@ def tight_helps(plan: Plan) -> bool:
 
 
 def _packed(plan: Plan, block: BlockPlan, unpacked: int) -> int:
-    """A block's weights as onnxruntime packs them: int4 stays int4, float16 becomes float32."""
-    scheme = plan.quantize.get("decoder")
-    if unpacked == 1 or scheme is None or scheme.weights != "int4":
+    """A block's weights as onnxruntime packs them: codes stay codes, float16 becomes float32."""
+    if unpacked == 1 or _codes(plan, "decoder") is None:
         return unpacked * block_bytes(plan, block)
     tail = block_bytes(plan, block) - block_bytes(plan, _headless(block))
     return block_bytes(plan, _headless(block)) + unpacked * tail
@@ -145,6 +146,12 @@ def _packed(plan: Plan, block: BlockPlan, unpacked: int) -> int:
 
 def _headless(block: BlockPlan) -> BlockPlan:
     return BlockPlan(block.index, block.first, block.last, block.tokens, block.visual_tokens, block.capacity)
+
+
+def _codes(plan: Plan, part: str) -> str | None:
+    """The scheme of a part that is stored as codes with scales; None for floating point as it is."""
+    scheme = plan.quantize.get(part)
+    return scheme.weights if scheme is not None and scheme.weights not in ("fp16", "bf16") else None
 
 
 def _wide(plan: Plan, ort: bool) -> int:
@@ -208,8 +215,7 @@ def check_run_memory(plan: Plan, recipe: Recipe, room: Room, device: Device) -> 
         helps.append("set target.memory_tight: true")
     if recipe.target.runtime != "onnxruntime" and plan.decode_width == 1:
         helps.append("set target.decode_width: 2, which stores the weights once")
-    scheme = plan.quantize.get("decoder")
-    if scheme is None or scheme.weights != "int4":
+    if _codes(plan, "decoder") not in ("int4", "nvfp4"):
         helps.append("write quantize: {decoder: {weights: int4, block: 128}}")
     if found.kv + found.activations > found.total // 4:
         helps.append("lower inputs.images, inputs.text_tokens or inputs.new_tokens, or compress more")
@@ -227,22 +233,25 @@ def _spare(room: Room) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------ building
-def peak_of_build(weights: int, int4: bool) -> int:
-    """Expected peak of an engine's build, bytes; see the module's description."""
-    return int(weights * (_BUILD_INT4 if int4 else _BUILD)) + _BUILD_BASE
+def peak_of_build(weights: int, codes: str | None) -> int:
+    """Expected peak of an engine's build, bytes; see the module's description.
+
+    Args:
+        weights: bytes of the engine's weights.
+        codes: the scheme of most of them; None for floating point.
+    """
+    return int(weights * _BUILD_CODES.get(codes or "", _BUILD)) + _BUILD_BASE
 
 
 def build_memory(plan: Plan) -> tuple[BuildMemory, ...]:
     """The build of each engine; engines are built one after the other, each in a process of its own."""
-    scheme = plan.quantize.get("decoder")
-    int4 = scheme is not None and scheme.weights == "int4"
-    found = [(f"text_tower_{t.index}", tower_bytes(plan, t), False) for t in plan.towers]
-    found += [(f"vision_{v.index}", vision_bytes(plan), False) for v in plan.vision]
+    found: list[tuple[str, int, str | None]] = [(f"text_tower_{t.index}", tower_bytes(plan, t), None) for t in plan.towers]
+    found += [(f"vision_{v.index}", vision_bytes(plan), _codes(plan, "encoder")) for v in plan.vision]
     for block in plan.blocks:
         cut = plan.cut_before(block.index)
-        found += [(f"compress_{block.index}", cut_bytes(plan, plan.cuts.index(cut)), False)] if cut is not None else []
-        found.append((f"block_{block.index}", block_bytes(plan, block), int4))
-    return tuple(BuildMemory(name, weights, peak_of_build(weights, quantized)) for name, weights, quantized in found)
+        found += [(f"compress_{block.index}", cut_bytes(plan, plan.cuts.index(cut)), None)] if cut is not None else []
+        found.append((f"block_{block.index}", block_bytes(plan, block), _codes(plan, "decoder")))
+    return tuple(BuildMemory(name, weights, peak_of_build(weights, codes)) for name, weights, codes in found)
 
 
 def even_splits(plan: Plan, recipe: Recipe, room: Room, device: Device) -> tuple[int, ...]:
@@ -266,17 +275,16 @@ def even_splits(plan: Plan, recipe: Recipe, room: Room, device: Device) -> tuple
 
 
 def _splits_of(plan: Plan, block: BlockPlan, room: Room, place: str, device: Device) -> Sequence[int]:
-    scheme = plan.quantize.get("decoder")
-    int4 = scheme is not None and scheme.weights == "int4"
+    codes = _codes(plan, "decoder")
     layers = block.last - block.first
     for parts in range(1, layers + 1):
         edges = [block.first + (layers * i) // parts for i in range(parts + 1)]
         pieces = [BlockPlan(0, a, b, 0, 0, 0, {}, block.head and b == block.last) for a, b in pairwise(edges)]
         worst = max(block_bytes(plan, piece) for piece in pieces)
-        if peak_of_build(worst, int4) <= room.free:
+        if peak_of_build(worst, codes) <= room.free:
             return edges[1:-1]
     raise LegalityError(
         f"{place}building an engine of a single decoder layer (the largest holds {gib(worst)} of weights) needs about "
-        f"{gib(peak_of_build(worst, int4))}; '{device.name}' has {_spare(room)}; {'' if int4 else 'quantize to int4, or '}choose a "
-        "device with more memory"
+        f"{gib(peak_of_build(worst, codes))}; '{device.name}' has {_spare(room)}; "
+        f"{'' if codes == 'int4' else 'quantize to int4, or '}choose a device with more memory"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from tmc_export.plan.memory import Room, build_memory, built_on_device, gib, run_memory, tight_helps
@@ -10,35 +11,32 @@ from tmc_export.recipe import Device, Recipe
 
 __all__ = ["emitted_opset", "notes_of"]
 
-INT4_OPSET = 21
-"""What int4 block `DequantizeLinear` needs; nothing newer is emitted."""
+TRACED = 21
+"""The newest opset that graphs are traced in."""
+OPSETS = {"int4": 21, "nvfp4": 23}
+"""What a scheme's `DequantizeLinear` needs above the 20 that every device's TensorRT takes."""
+_AS_WEIGHTS = ("int8", "fp8", "nvfp4")
+"""Schemes that NVIDIA's documents of standard TensorRT do not name for weights beside wider activations; int4 is the one they name."""
 
 
 def emitted_opset(plan: Plan, device: Device) -> int:
-    """Return the ONNX opset of a bundle's graphs: what the device's TensorRT takes, or 21 where int4 blocks need it."""
-    if any(scheme.weights == "int4" for scheme in plan.quantize.values()):
-        return INT4_OPSET
-    return min(INT4_OPSET, device.tensorrt.opset)
+    """Return the ONNX opset that a bundle's graphs are traced in: what the device's TensorRT takes, or what the schemes need, up to 21.
+
+    nvfp4 raises the graphs that hold it to 23 by itself.
+    """
+    return min(TRACED, max(device.tensorrt.opset, *(OPSETS.get(s.weights, 0) for s in plan.quantize.values()), 0))
 
 
 def notes_of(recipe: Recipe, plan: Plan, device: Device, room: Room | None) -> tuple[str, ...]:
     """What a user should know of a legal plan: what was never run, what it falls back to, what is not known."""
     found: list[str] = []
-    runtime, version = recipe.target.runtime, device.tensorrt.version
+    runtime = recipe.target.runtime
     if runtime == "onnxruntime" and device.kind != "cpu":
         found.append(f"runtime: onnxruntime runs on the CPU of '{device.name}', not on its GPU")
     if runtime != "onnxruntime" and plan.dtype == "float32":
         found.append("TensorRT does not fuse float32 attention; float16 takes less memory and time")
     if built_on_device(device, runtime):
-        emitted = emitted_opset(plan, device)
-        if device.tensorrt.opset < emitted:
-            found.append(
-                f"TensorRT {version} is taken as safe up to opset {device.tensorrt.opset}, the graphs are opset {emitted}: not run "
-                "on a board; build_on_device.sh tries it there"
-            )
-        scheme = plan.quantize.get("decoder")
-        if scheme is not None and scheme.weights == "int4" and device.tensorrt.opset < emitted:
-            found.append(f"int4 on TensorRT {version}: not run; {_fallback(recipe, plan, room)}")
+        found += _on_device(recipe, plan, device, room)
     if recipe.target.memory_tight and runtime != "onnxruntime":
         found.append("memory_tight has no effect on TensorRT engines: one engine serves all phases")
     elif recipe.target.memory_tight and not tight_helps(plan):
@@ -53,7 +51,50 @@ def notes_of(recipe: Recipe, plan: Plan, device: Device, room: Room | None) -> t
         found.append("memory is not checked here: it depends on the machine")
     if len(plan.vision) > 1:
         found.append("operations, bytes and times are of the dearest picture bucket")
-    return (*found, *_learned_notes(plan))
+    return (*found, *_scheme_notes(recipe, plan), *_learned_notes(plan))
+
+
+def _on_device(recipe: Recipe, plan: Plan, device: Device, room: Room | None) -> list[str]:
+    """What a board's TensorRT may refuse: opsets above the safe one, and codes as weights alone."""
+    version, safe = device.tensorrt.version, device.tensorrt.opset
+    newest = max((OPSETS.get(s.weights, 0) for s in plan.quantize.values()), default=0)
+    found = []
+    if newest > safe:
+        found.append(
+            f"TensorRT {version} is taken as safe up to opset {safe}, the graphs are opset {newest}: not run on a board; "
+            "build_on_device.sh tries it there"
+        )
+    for name, parts in _by_scheme(plan).items():
+        if OPSETS.get(name, 0) > safe or name in _AS_WEIGHTS:
+            found.append(f"{name} on TensorRT {version}: not run; {_fallback(recipe, plan, room, parts)}")
+    return found
+
+
+def _by_scheme(plan: Plan) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for part, scheme in plan.quantize.items():
+        found.setdefault(scheme.weights, []).append(part)
+    return found
+
+
+def _scheme_notes(recipe: Recipe, plan: Plan) -> list[str]:
+    """What a scheme leaves as it is, and where it is read slowly."""
+    encoder, head = plan.quantize.get("encoder"), plan.quantize.get("head")
+    schemes = _by_scheme(plan)
+    found = []
+    if encoder is not None and encoder.weights in ("fp8", "nvfp4"):
+        found.append(f"encoder: the patch embedding stays in {plan.dtype}; {encoder.weights} is for linears")
+    if head is not None and head.weights == "fp8":
+        found.append(f"head: the token table stays in {plan.dtype}, of which fp8 codes are stored besides; ONNX looks no fp8 rows up")
+    if recipe.target.runtime == "onnxruntime":
+        slow = [f"{name} of the {', '.join(parts)}" for name, parts in schemes.items() if name == "fp8"]
+        slow += ["int8 of the head"] if head is not None and head.weights == "int8" else []
+        found += [f"onnxruntime widens {what} in each run, which is slow" for what in slow]
+    else:
+        if "nvfp4" in schemes:
+            found.append("TensorRT-RTX widens nvfp4 weights before each product: they are small, and read no faster than float16")
+            found.append("onnxruntime does not execute nvfp4: the answers of these graphs are not run at build time")
+    return found
 
 
 def _learned_notes(plan: Plan) -> list[str]:
@@ -71,9 +112,9 @@ def _learned_notes(plan: Plan) -> list[str]:
     return found
 
 
-def _fallback(recipe: Recipe, plan: Plan, room: Room | None) -> str:
-    """The scheme that int4 falls back to; it must fit, too."""
-    plain = replace(plan, quantize={k: v for k, v in plan.quantize.items() if k != "decoder"})
+def _fallback(recipe: Recipe, plan: Plan, room: Room | None, parts: Sequence[str]) -> str:
+    """What the parts of a scheme fall back to; it must fit, too."""
+    plain = replace(plan, quantize={k: v for k, v in plan.quantize.items() if k not in parts})
     running = run_memory(plain, recipe.target.runtime, recipe.target.memory_tight).total
     building = max(engine.peak for engine in build_memory(plain))
     if room is not None and max(running, building) > room.free:

@@ -18,6 +18,7 @@ from tmc_export.plan.sums import sum_in_blocks
 from tmc_export.plan.tied import broken_tie
 from tmc_export.plan.towers import read_towers
 from tmc_export.plan.types import BlockPlan, CutPlan, Plan, QuantizePlan, StagePlan, VisionPlan
+from tmc_export.recipe import PARTS
 from tmc_export.recipe.recipe import Recipe
 
 __all__ = ["resolve"]
@@ -107,10 +108,11 @@ def _check_context(recipe: Recipe, facts: ModelFacts, capacity: int) -> None:
 
 def _quantize(recipe: Recipe) -> dict[str, QuantizePlan]:
     found: dict[str, QuantizePlan] = {}
-    for part in ("encoder", "projector", "decoder", "head", "kv"):
-        wanted = getattr(recipe.quantize, part)
+    for part in PARTS:
+        wanted = recipe.quantize.part(part)
         if wanted is not None:
-            found[part] = QuantizePlan(wanted.weights, wanted.block or 128, wanted.keep)
+            block = wanted.block or (16 if wanted.weights == "nvfp4" else 128)
+            found[part] = QuantizePlan(wanted.weights, block, wanted.keep, wanted.activations, wanted.algorithm, wanted.smooth)
     return found
 
 

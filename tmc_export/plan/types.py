@@ -13,6 +13,7 @@ from typing import Literal
 
 from tmc_export.core.facts import ModelFacts
 from tmc_export.graphs._contract import Attention, Layout, MethodConfig, Positions, Stage, TextTower
+from tmc_export.recipe import ActivationScheme, WeightScheme
 
 __all__ = ["BlockPlan", "CutPlan", "LearnedWeights", "Plan", "QuantizePlan", "StagePlan", "TowerPlan", "VisionPlan"]
 
@@ -191,11 +192,23 @@ class BlockPlan:
 
 @dataclass(frozen=True)
 class QuantizePlan:
-    """Weight scheme of one part: `fp16`, or `int4` in blocks of `block` input channels; `keep` names linears left as they are."""
+    """The scheme of one part.
 
-    weights: Literal["fp16", "int4"]
+    Attributes:
+        weights: how weights are stored.
+        block: input channels that share a scale, for `int4` and `nvfp4`; the others ignore it.
+        keep: names of linears left as they are.
+        activations: what products round their inputs to; None: weight-only.
+        algorithm: how int4 codes are found.
+        smooth: share of the activations' range that is moved into int8 weights; None: none.
+    """
+
+    weights: WeightScheme
     block: int = 128
     keep: tuple[str, ...] = ()
+    activations: ActivationScheme | None = None
+    algorithm: Literal["rtn", "awq", "gptq"] = "rtn"
+    smooth: float | None = None
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class Scheme(Protocol):
 
 
 def _load() -> None:
-    for name in ("fp16", "int4"):
+    for name in ("fp16", "bf16", "int8", "int4", "fp8", "nvfp4"):
         importlib.import_module(f"tmc_export.quantize.{name}")
 
 

@@ -11,7 +11,7 @@ from tmc_export.core.errors import LegalityError
 from tmc_export.core.registry import nearest
 from tmc_export.export.lazy_tensors import KeyedTensor
 
-__all__ = ["check_keep", "is_kept", "keyed", "replace_input", "shape_of", "weight_name", "weights_of"]
+__all__ = ["check_keep", "is_kept", "keyed", "register", "replace_input", "shape_of", "weight_name", "weights_of"]
 
 
 def shape_of(tensor: ir.TensorProtocol) -> tuple[int, ...]:
@@ -55,17 +55,21 @@ def check_keep(part: str, keep: tuple[str, ...], names: list[str]) -> None:
 
 
 def weights_of(model: ir.Model, operators: dict[str, int], belongs: Callable[[str], bool]) -> Iterator[tuple[ir.Node, ir.Value]]:
-    """Yield (node, weight) for every node of one of `operators` (name → input) that reads a matrix initializer of the part."""
+    """Yield (node, weight) for every node of one of `operators` (name → input) that reads a matrix initializer of the part.
+
+    The kernel of a `Conv` counts as a matrix, whatever its rank.
+    """
     for node in list(model.graph):
         place = operators.get(node.op_type) if node.domain in ("", "ai.onnx") else None
         value = node.inputs[place] if place is not None and place < len(node.inputs) else None
         if value is None or not value.is_initializer() or value.const_value is None or not belongs(value.name or ""):
             continue
-        if len(value.const_value.shape) == 2 and value.const_value.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
+        matrix = len(value.const_value.shape) == 2 or node.op_type == "Conv"
+        if matrix and value.const_value.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
             yield node, value
 
 
-def keyed(value: ir.Value) -> ir.TensorProtocol:
+def keyed(value: ir.Value) -> KeyedTensor:
     """The weight with a key that says what its bytes are, so that what is derived from it is stored once and never mistaken."""
     tensor = value.const_value
     if tensor is None:
@@ -74,6 +78,13 @@ def keyed(value: ir.Value) -> ir.TensorProtocol:
         return tensor
     key = f"{value.name}|{hashlib.sha256(tensor.tobytes()).hexdigest()}"
     return KeyedTensor(key, lambda: tensor, tensor.dtype, shape_of(tensor), value.name or "")
+
+
+def register(model: ir.Model, tensor: ir.TensorProtocol) -> ir.Value:
+    """Add an initializer of the tensor's name."""
+    value = ir.Value(name=tensor.name, shape=ir.Shape(shape_of(tensor)), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    model.graph.register_initializer(value)
+    return value
 
 
 def replace_input(model: ir.Model, old: ir.Value, new: ir.Value, users: list[ir.Node]) -> None:

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from tmc_export.core.errors import ExportError, LegalityError
 from tmc_export.export.lazy_tensors import derive
 from tmc_export.quantize._contract import SCHEMES, Applied, WeightPlan
-from tmc_export.quantize._weights import is_kept, keyed, replace_input, shape_of, weight_name, weights_of
+from tmc_export.quantize._weights import is_kept, keyed, register, replace_input, shape_of, weight_name, weights_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -111,9 +111,7 @@ def _dequantize(model: ir.Model, value: ir.Value, block: int) -> ir.Value:
     pair = _Pair(block)
     codes = derive(source, f"int4(block={block})", pair.codes, shape=(rows, columns), name=f"{name}.int4", dtype=ir.DataType.INT4)
     scales = derive(source, f"int4_scale(block={block})", pair.scales, shape=(rows // block, columns), name=f"{name}.scale")
-    inputs = [ir.Value(name=t.name, shape=ir.Shape(t.shape), type=ir.TensorType(t.dtype), const_value=t) for t in (codes, scales)]
-    for each in inputs:
-        model.graph.register_initializer(each)
+    inputs = [register(model, tensor) for tensor in (codes, scales)]
     node = ir.node("DequantizeLinear", inputs, attributes={"axis": 0, "block_size": block}, name=f"{name}.dequantize")
     out = node.outputs[0]
     out.name, out.shape, out.type = f"{name}.dequantized", ir.Shape((rows, columns)), ir.TensorType(source.dtype)
@@ -166,7 +164,7 @@ def _check(readers: dict[str, tuple[ir.Value, list[ir.Node]]], block: int) -> No
     fix = f"use block: {serve[0]}, or keep" if serve else "keep"
     words = ", ".join(sorted({n.split(".")[-2] if "." in n else n for n in odd}))
     raise LegalityError(
-        f"quantize.decoder.block: {block} does not divide the {channels} input channels of '{name}' ({len(odd)} such linears here); "
+        f"block: {block} does not divide the {channels} input channels of '{name}' ({len(odd)} such linears here); "
         f"{fix} them in the base precision with keep: [{words}]"
     )
 

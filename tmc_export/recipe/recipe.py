@@ -12,7 +12,6 @@ from typing import Annotated, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     JsonValue,
@@ -25,7 +24,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from tmc_export.recipe._origin import Origin, Origins, Path
-from tmc_export.recipe._schemes import PARTS_OF, WeightScheme, check_scheme
+from tmc_export.recipe._quantize import Quantize, QuantizePart
 
 __all__ = ["Compress", "Inputs", "ModelSource", "Quantize", "QuantizePart", "Recipe", "Target", "WeightsSource"]
 
@@ -187,48 +186,6 @@ class Compress(_Strict):
     def options(self) -> Mapping[str, JsonValue]:
         """The method's options as written: text, numbers, truth values, null, or lists of them."""
         return MappingProxyType(self.__pydantic_extra__)
-
-
-class QuantizePart(_Strict):
-    """How the weights of one part are stored.
-
-    Attributes:
-        weights: the scheme.
-        block: consecutive weights that share a scale; for int4.
-        keep: names (or parts of names) of linear layers that stay in the base precision.
-    """
-
-    weights: Annotated[WeightScheme, BeforeValidator(check_scheme)] = Field(description="the weight scheme")
-    block: Literal[32, 64, 128] | None = Field(default=None, description="weights that share a scale, for int4")
-    keep: tuple[Text, ...] = Field(default=(), description="layers that stay in the base precision")
-
-    @model_validator(mode="after")
-    def _block_belongs_to_int4(self) -> QuantizePart:
-        if self.weights == "int4" and self.block is None:
-            raise PydanticCustomError("block", "weights: int4 needs a block; add block: 32, 64 or 128")
-        if self.weights != "int4" and self.block is not None:
-            raise PydanticCustomError("block", "weights: {weights} takes no block; remove it", {"weights": self.weights})
-        return self
-
-
-def _check_part(name: str) -> AfterValidator:
-    def check(part: QuantizePart | None) -> QuantizePart | None:
-        if part is not None and name not in PARTS_OF[part.weights]:
-            context = {"weights": part.weights, "name": name, "parts": ", ".join(PARTS_OF[part.weights])}
-            raise PydanticCustomError("part", "weights: {weights} is built for {parts} only, not for {name}; use fp16 here", context)
-        return part
-
-    return AfterValidator(check)
-
-
-class Quantize(_Strict):
-    """The quantization of each part; a part that is not named keeps the model's dtype."""
-
-    encoder: Annotated[QuantizePart | None, _check_part("encoder")] = None
-    projector: Annotated[QuantizePart | None, _check_part("projector")] = None
-    decoder: Annotated[QuantizePart | None, _check_part("decoder")] = None
-    head: Annotated[QuantizePart | None, _check_part("head")] = None
-    kv: Annotated[QuantizePart | None, _check_part("kv")] = None
 
 
 def _check_capability(value: str) -> str:

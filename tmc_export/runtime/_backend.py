@@ -144,8 +144,8 @@ class BackendOptions:
 
     Attributes:
         threads: threads inside an operator; None: the runtime's choice.
-        int4_accuracy: how onnxruntime multiplies int4 weights. 4: activations are rounded to int8 for each product, which is fast; 1: they
-            stay float, which is what a device computes.
+        int4_accuracy: how onnxruntime multiplies int4 and int8 weights. 4: activations are rounded to int8 for each product, which is
+            fast; 1: they stay float, which is what a device computes.
         memory_tight: keep one copy of the weights, mapped from the file, instead of a packed copy per phase; slower.
         spin: files of graphs whose threads wait for the next run awake. Faster where one graph follows itself, as decode steps of a single
             block do; a graph that others follow would take the cores from them for a while.

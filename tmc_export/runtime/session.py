@@ -345,15 +345,22 @@ def load(
         folder: the bundle.
         backend: `onnxruntime`, `tensorrt` or `tensorrt-rtx`.
         threads: threads of the CPU path; None: its own choice.
-        int4_accuracy: how the CPU path multiplies int4 weights: 4 rounds activations to int8 (fast), 1 keeps them (what a device computes).
+        int4_accuracy: how the CPU path multiplies int4 and int8 weights: 4 rounds activations to int8 (fast), 1 keeps them (what a device
+            computes).
         provider: what onnxruntime uses: `cpu`, `cuda` or `tensorrt`.
 
     Raises:
         BundleError: files are missing or damaged.
+        RuntimeInputError: the backend does not execute the bundle's weights.
         TmcError: as `open_backend`.
     """
     path = Path(folder)
     manifest = open_manifest(path)
+    if backend == "onnxruntime" and "nvfp4" in manifest.schemes:
+        raise RuntimeInputError(
+            f"{path} has nvfp4 weights, which onnxruntime's CPU path does not execute; run its engines on the device, or build it with "
+            "quantize.decoder.weights: int4 or int8"
+        )
     small = [name for name, entry in manifest.files.items() if entry.size <= _HASHED_BYTES and not name.startswith("engines/")]
     check_files(path, manifest, sizes_only=True)
     check_files(path, manifest, small)

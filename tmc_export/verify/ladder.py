@@ -18,6 +18,7 @@ from tmc_export.core.errors import ModelError, ParityError, RuntimeInputError
 from tmc_export.families._contract import ModelFiles
 from tmc_export.plan.describe import plan_json
 from tmc_export.plan.make import make_plan
+from tmc_export.plan.quantization import ON_ONNXRUNTIME
 from tmc_export.plan.source import fetch_source, read_model_files
 from tmc_export.plan.types import Plan
 from tmc_export.recipe.recipe import Recipe
@@ -26,7 +27,7 @@ from tmc_export.verify.play import play
 from tmc_export.verify.recorded import Case, read_cases
 from tmc_export.verify.rungs import Ladder, Rung, not_run, rung_of
 from tmc_export.verify.saved import check_identity, judge_saved, read_outputs
-from tmc_export.verify.tolerances import Precision, tolerance
+from tmc_export.verify.tolerances import Precision, coarsest, tolerance
 
 __all__ = ["RUNGS", "climb", "precision_of_manifest", "recorded_ladder", "saved_ladder", "traced_cases"]
 
@@ -59,16 +60,17 @@ def recorded_ladder(bundle: Path, progress: Progress = lambda _: None) -> Ladder
     check_files(bundle, manifest)
     cases = list(read_cases(bundle))
     files = Rung(RUNGS[0], "passed", f"{len(manifest.files)} files have their sha256")
-    precision = precision_of_manifest(manifest)
     progress(RUNGS[4])
-    end, quantized = _end_to_end(bundle, cases, precision)
+    end, quantized = _end_to_end(bundle, manifest, cases)
     middle = [not_run(name, _NO_CHECKPOINT) for name in (RUNGS[1], RUNGS[2], RUNGS[3])]
     return Ladder((files, *middle, end, not_run(RUNGS[5], _NO_CHECKPOINT), quantized, not_run(RUNGS[7], _NO_GPU)))
 
 
-def _end_to_end(bundle: Path, cases: Sequence[Case], precision: Precision) -> tuple[Rung, Rung]:
+def _end_to_end(bundle: Path, manifest: Manifest, cases: Sequence[Case]) -> tuple[Rung, Rung]:
     """Play conversations whole and chunked; a quantized bundle answers on its own rung."""
-    end, quantized = RUNGS[4], RUNGS[6]
+    end, quantized, precision = RUNGS[4], RUNGS[6], precision_of_manifest(manifest)
+    if (foreign := _foreign(manifest)) is not None:
+        return not_run(end, foreign), not_run(quantized, foreign)
     if not cases:
         why = "the bundle holds no recorded conversations; build it without --no-record, or give --model"
         return not_run(end, why), not_run(quantized, why)
@@ -78,7 +80,7 @@ def _end_to_end(bundle: Path, cases: Sequence[Case], precision: Precision) -> tu
     note = f"{len(cases)} conversations, {sum(len(t.expected.tokens) for c in cases for t in c.turns)} steps, prefilled whole and in chunks"
     if precision == "float32":
         return rung_of(end, checks, note), not_run(quantized, "nothing is quantized")
-    how = "int4 at onnxruntime accuracy level 1" if precision == "int4" else precision
+    how = f"{precision} at onnxruntime accuracy level 1" if precision in ("int4", "int8") else precision
     why = "the graphs hold reduced precision; the next rung but one plays them"
     return not_run(end, why), rung_of(quantized, checks, f"{how}; {note}")
 
@@ -114,11 +116,13 @@ def saved_ladder(bundle: Path, outputs: Path, progress: Progress = lambda _: Non
 
 def precision_of_manifest(manifest: Manifest) -> Precision:
     """Return the row of the tolerance tables; as `precision_of`, from the recorded plan."""
-    quantize = manifest.plan.get("quantize")
-    schemes = {str(p.get("weights")) for p in quantize.values() if isinstance(p, dict)} if isinstance(quantize, dict) else set()
-    if "int4" in schemes:
-        return "int4"
-    return "float16" if "fp16" in schemes or manifest.plan.get("dtype") != "float32" else "float32"
+    return coarsest(manifest.schemes, str(manifest.plan.get("dtype")))
+
+
+def _foreign(manifest: Manifest) -> str | None:
+    """Why onnxruntime cannot play a bundle; None when it can."""
+    names = sorted(manifest.schemes - set(ON_ONNXRUNTIME))
+    return f"onnxruntime's CPU path does not execute {', '.join(names)}; only the device does" if names else None
 
 
 # ------------------------------------------------------------------------------------------------------ with the checkpoint
@@ -263,6 +267,8 @@ def _with_plan(shared: _Climb) -> list[Rung]:
 
 
 def _per_subgraph(shared: _Climb) -> list[Rung]:
+    if (foreign := _foreign(shared.manifest)) is not None:
+        return [not_run(RUNGS[3], foreign)]
     from tmc_export.verify.subgraphs import check_subgraphs
 
     table = tolerance("subgraph", shared.precision)
@@ -272,7 +278,7 @@ def _per_subgraph(shared: _Climb) -> list[Rung]:
 
 
 def _whole(shared: _Climb) -> list[Rung]:
-    return list(_end_to_end(shared.bundle, shared.cases, shared.precision))
+    return list(_end_to_end(shared.bundle, shared.manifest, shared.cases))
 
 
 def _half_range(shared: _Climb) -> Rung:

@@ -6,7 +6,7 @@ the rounding of the large ones it was summed from. Indices are compared exactly,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -15,9 +15,9 @@ from tmc_export.core.errors import ParityError
 if TYPE_CHECKING:
     from tmc_export.plan.types import Plan
 
-__all__ = ["FLOAT16_MAX", "MARGINS", "TOLERANCES", "Precision", "Tolerance", "margin_bound", "precision_of", "tolerance"]
+__all__ = ["FLOAT16_MAX", "MARGINS", "TOLERANCES", "Precision", "Tolerance", "coarsest", "margin_bound", "precision_of", "tolerance"]
 
-Precision = Literal["float32", "float16", "int4"]
+Precision = Literal["float32", "float16", "bf16", "int8", "fp8", "int4", "nvfp4"]
 
 FLOAT16_MAX = 65504.0
 """The largest float16; a tensor above it overflows, one above half of it leaves no room for another input."""
@@ -65,6 +65,38 @@ TOLERANCES: Mapping[tuple[str, str], Tolerance] = {
         rtol=3e-2, atol=1e-3, sqnr_db=35, kl=1e-2, same_tokens=False,
         reason="the same through all layers; a greedy token may turn where two logits lie that close",
     ),
+    ("subgraph", "bf16"): Tolerance(
+        rtol=5e-2, atol=1e-3, sqnr_db=30, kl=1e-2, same_tokens=False,
+        reason="weights rounded to 8 bits: an error of 2^-9 of each, about 53 dB a linear, less over several layers",
+    ),
+    ("end_to_end", "bf16"): Tolerance(
+        rtol=0.1, atol=1e-3, sqnr_db=28, kl=0.1, same_tokens=False,
+        reason="the same through all layers; a greedy token may turn where two logits lie that close",
+    ),
+    ("subgraph", "int8"): Tolerance(
+        rtol=0.1, atol=1e-2, sqnr_db=25, kl=0.1, same_tokens=False,
+        reason="8 bits a channel: a step of max / 127, about 41 dB a linear with Gaussian weights, less over several layers",
+    ),
+    ("end_to_end", "int8"): Tolerance(
+        rtol=0.2, atol=1e-2, sqnr_db=20, kl=0.3, same_tokens=False,
+        reason="the same through all layers; the bound finds a broken graph, what 8 bits cost is measured on a task",
+    ),
+    ("subgraph", "fp8"): Tolerance(
+        rtol=0.25, atol=1e-2, sqnr_db=18, kl=0.5, same_tokens=False,
+        reason="4 significant bits of each number: an error of up to 2^-4 of it, about 31 dB a linear, less over several layers",
+    ),
+    ("end_to_end", "fp8"): Tolerance(
+        rtol=0.6, atol=1e-2, sqnr_db=10, kl=1.0, same_tokens=False,
+        reason="the same through all layers; the bound finds a broken graph, what fp8 costs is measured on a task",
+    ),
+    ("subgraph", "nvfp4"): Tolerance(
+        rtol=0.5, atol=1e-2, sqnr_db=12, kl=1.0, same_tokens=False,
+        reason="2 significant bits in blocks of 16: about 21 dB a linear with Gaussian weights, less over several layers",
+    ),
+    ("end_to_end", "nvfp4"): Tolerance(
+        rtol=1.0, atol=1e-2, sqnr_db=6, kl=2.0, same_tokens=False,
+        reason="what 4 bits cost is a property of the model: the bound only finds a broken graph; accuracy is measured on a task",
+    ),
     ("subgraph", "int4"): Tolerance(
         rtol=0.5, atol=1e-2, sqnr_db=12, kl=1.0, same_tokens=False,
         reason="4 bits in blocks: an error of step / sqrt(12), about 20 dB a linear with Gaussian weights, less over several layers",
@@ -78,16 +110,31 @@ TOLERANCES: Mapping[tuple[str, str], Tolerance] = {
 MARGINS: Mapping[str, tuple[float, str]] = {
     "float32": (1e-5, "relative gap of the k-th score: scores differ by up to the eager rung's rtol between two float32 paths"),
     "float16": (1e-2, "scores are float32, but the hidden states they come from carry float16's subgraph rtol"),
+    "bf16": (2e-2, "hidden states carry a few times the rounding of weights to 8 bits, 2^-9 of each"),
+    "int8": (3e-2, "weights differ by their quantization step of max / 127; only choices that are clear beside it are compared"),
+    "fp8": (5e-2, "weights differ by up to 2^-4 of each; only choices that are clear beside it are compared"),
+    "nvfp4": (1e-1, "weights differ by their quantization step; other tokens may rightly be kept, so only clear choices are compared"),
     "int4": (1e-1, "weights differ by their quantization step; other tokens may rightly be kept, so only clear choices are compared"),
 }
 
 
+_COARSE: tuple[Precision, ...] = ("int4", "nvfp4", "fp8", "int8", "bf16")
+"""From few bits to many; a linear with Gaussian weights keeps some 20, 21, 31, 41 and 53 dB."""
+
+
 def precision_of(plan: Plan) -> Precision:
     """Return the row of the tables that a plan's weights belong to: the coarsest scheme of its parts."""
-    schemes = {scheme.weights for scheme in plan.quantize.values()}
-    if "int4" in schemes:
-        return "int4"
-    return "float16" if "fp16" in schemes or plan.dtype != "float32" else "float32"
+    return coarsest({scheme.weights for scheme in plan.quantize.values()}, plan.dtype)
+
+
+def coarsest(schemes: Collection[str], dtype: str) -> Precision:
+    """Return the row of the tables for some schemes beside a base precision.
+
+    >>> coarsest({"int8", "fp16"}, "float32"), coarsest(set(), "float16")
+    ('int8', 'float16')
+    """
+    found = next((name for name in _COARSE if name in schemes), None)
+    return found or ("float16" if "fp16" in schemes or dtype != "float32" else "float32")
 
 
 def tolerance(rung: str, precision: str) -> Tolerance:
