@@ -20,6 +20,7 @@ from onnx import helper, numpy_helper  # noqa: E402
 
 from tests._tiny import Ran, listing, tmc  # noqa: E402
 from tests.debug._graphs import operators  # noqa: E402
+from tmc_export.core.errors import RuntimeInputError  # noqa: E402
 from tmc_export.debug import find as finding  # noqa: E402
 from tmc_export.debug import localise  # noqa: E402
 from tmc_export.debug.find import find  # noqa: E402
@@ -177,6 +178,49 @@ def test_a_quantized_graph_against_its_float_twin(good: Path, int4: Path, tmp_pa
     assert "DequantizeLinear" in reduced and "MatMul" in reduced and len(reduced) <= 4
     assert any("DequantizeLinear" in beside for beside in told["node"]["beside"])
     assert tmc("debug", int4, "--against", good, "--tolerance", 0.9, "-o", tmp_path / "none").code == 0
+
+
+def test_a_bug_in_a_pass(good: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rotation's signs are lost. What is built anew has the bug too, which is said; a bundle of the good version shows the node."""
+    from tests._tiny import write_recipe
+    from tmc_export.passes import sign_rotation
+
+    real = sign_rotation.constant
+
+    def unsigned(graph: Any, name: str, values: Any, dtype: Any) -> Any:
+        return real(graph, name, np.abs(values), dtype)
+
+    monkeypatch.setattr(sign_rotation, "constant", unsigned)
+    (tmp_path / "model").symlink_to(model)
+    bad = tmp_path / "bad"
+    assert tmc("build", write_recipe(tmp_path), "-o", bad, "-q", "--no-record").code == 0
+    ran = debug(bad, "--model", model)
+    assert ran.code == 4 and "the export or a pass is at fault" in ran.error() and "onnx/block_0_prefill.onnx" in ran.error()
+    assert not (tmp_path / "fault").exists()
+    ran = debug(bad, "--against", good)
+    assert ran.code == 4, ran.err
+    told = reported(bad)
+    assert told["subgraph"] == "onnx/block_0_prefill.onnx" and told["node"]["operator"] == "Mul" and told["reduced_nodes"] == 1
+    assert told["node"]["output"].endswith(".signed") and told["changed_files"] == []
+
+
+def test_answers_that_cannot_be_played_are_a_failure(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a wrong graph gives may make the next step impossible: no mistake of the user's."""
+
+    def impossible(*_: object) -> None:
+        raise RuntimeInputError("nothing is left of the prompt")
+
+    monkeypatch.setattr(finding, "play", impossible)
+    ran = debug(bundle)
+    assert ran.code == 4 and "cannot be played (nothing is left of the prompt)" in ran.error() and "no node can be named" in ran.error()
+
+
+@pytest.mark.parametrize("damage", ["cut short", "no graph"])
+def test_damaged_files_end_in_one_line(bundle: Path, damage: str) -> None:
+    path = bundle / ("onnx/block_1.data" if damage == "cut short" else PREFILL)
+    path.write_bytes(path.read_bytes()[:1000])
+    ran = debug(bundle)
+    assert ran.code == 4 and "block_1" in ran.error()
 
 
 # ------------------------------------------------------------------------------------------------------------------ refusals

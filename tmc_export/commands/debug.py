@@ -82,4 +82,4 @@ def command(
         click.echo(json.dumps({"fault": {**fault.to_json(), "folder": str(target), "reproduce": again}}, indent=2))
     else:
         click.echo(f"{fault.text()}: {target / 'model.onnx'}\n  reproduce: {again}")
-    raise ParityError(f"{fault.subgraph}: {fault.node.operator} '{fault.node.name}' is at fault: {fault.node.note or fault.why}")
+    raise ParityError(f"{fault.subgraph}: {fault.node.operator} '{fault.node.name}' is at fault: {fault.node.note or 'it is refused'}")

@@ -172,6 +172,8 @@ def _from_itself(bundle: Path, manifest: Manifest, progress: Callable[[str], Non
         session = Session(bundle, manifest, capture, _OPTIONS)
         for route in ("auto", "chunked"):
             checks += play(session, cases, tolerance("end_to_end", precision), precision, "chunked" if route == "chunked" else "auto")
+    except RuntimeInputError as error:  # what a graph gave made the next step impossible
+        checks.append(Check("the recorded conversations", None, False, f"cannot be played ({error})"))
     except BundleError:
         if capture.failed is None:
             raise
