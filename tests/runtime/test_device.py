@@ -199,7 +199,7 @@ def test_work_that_fails_while_it_is_captured_leaves_the_stream_as_it_was(cuda: 
 
     with pytest.raises(BundleError, match="no"):
         cuda.capture(work)
-    assert driver.capturing is None and cuda.queued == queued
+    assert driver.capturing is None and cuda.queued == queued and not driver.graphs
     cuda.launch(cuda.capture(lambda: cuda.clear(place, 512)))
     cuda.synchronize()
     assert not driver.at(place, 512).any()

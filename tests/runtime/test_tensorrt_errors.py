@@ -38,6 +38,10 @@ def bundle(tmp_path: Path) -> Path:
     return tmp_path
 
 
+REAL_LOGS: dict[str, Any] = {}
+"""Of the real package, which crashes when its first logger is gone; apart from those of the made-up one."""
+
+
 def run(bundle: Path, driver: FakeDriver | None = None, feed: Any = None, **fake: Any) -> Any:
     with device(driver or FakeDriver(), **fake):
         backend = open_backend("tensorrt-rtx", bundle, BackendOptions())
@@ -211,6 +215,33 @@ def test_the_made_up_tensorrt_has_no_name_that_the_real_one_lacks() -> None:
     assert [np.dtype(real.nptype(getattr(real, n))) for n in ("float32", "float16", "int64", "bool")] == [
         np.dtype(n) for n in ("float32", "float16", "int64", "bool")
     ]
+
+
+def test_the_real_tensorrt_refuses_an_engine_that_is_none(bundle: Path) -> None:
+    """What the real package does on a machine without a GPU: it starts, takes a mapped file and our logger, and refuses."""
+    real = pytest.importorskip("tensorrt_rtx", reason="needs the extra [rtx]")
+    from tmc_export.engine.bundle import file_sha256
+
+    path = bundle / "engines/vision_0.tensorrt-rtx.engine"
+    path.write_bytes(b"no engine" * 100)
+    edit_records(bundle, bytes=900, sha256=file_sha256(path), version=real.__version__)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tmc_export.runtime._tensorrt._LOGS", REAL_LOGS)
+        patch.setitem(sys.modules, "cuda.bindings.driver", FakeDriver())
+        with pytest.raises(BundleError, match="TensorRT cannot load vision_0.tensorrt-rtx.engine: .*magicTag.*; rebuild with: "):
+            open_backend("tensorrt-rtx", bundle, BackendOptions()).graph(FILE)
+
+
+def test_tensorrt_that_does_not_start(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(logger: Any) -> None:
+        logger.log(1, "CUDA initialization failure with error: 35")
+        raise TypeError("factory function returned nullptr")
+
+    driver = FakeDriver()
+    with device(driver):
+        monkeypatch.setattr(sys.modules["tensorrt_rtx"], "Runtime", nothing)
+        with pytest.raises(ResourceError, match=r"tensorrt-rtx 1\.7\.1\.116 does not start: CUDA initialization failure with error: 35"):
+            open_backend("tensorrt-rtx", bundle, BackendOptions())
 
 
 def test_the_made_up_driver_has_no_name_that_the_real_one_lacks() -> None:

@@ -197,7 +197,9 @@ class Cuda:
         try:
             work()
         except BaseException:
-            self._driver.cuStreamEndCapture(self._stream)  # its own error says no more than this one
+            ended = self._driver.cuStreamEndCapture(self._stream)  # its own error says no more than this one
+            if ended[0] == self._driver.CUresult.CUDA_SUCCESS:
+                self._driver.cuGraphDestroy(ended[1])
             raise
         finally:
             self._queued = queued

@@ -106,7 +106,10 @@ class EngineGraph:
         given = [n for n in names if engine.get_tensor_mode(n) == shared.trt.TensorIOMode.INPUT]
         self.inputs = tuple(given)
         self._shapes = {n: self._input_shape(n, profile) for n in given}
-        missing = self._context.infer_shapes()
+        try:
+            missing = self._context.infer_shapes()
+        except RuntimeError as error:
+            raise self._failed("infers no shapes") from error
         if missing:
             raise BundleError(f"{file}: TensorRT wants values of {', '.join(missing)} for its shapes; build the bundle again")
         self._shapes |= {n: tuple(self._context.get_tensor_shape(n)) for n in names if n not in self._shapes}

@@ -86,7 +86,7 @@ class TensorRTBackend:
         self._engines: dict[str, Any] = {}
         self._rows: dict[str, DeviceRows] = {}
         self._shared = Shared(trt, cuda, self._log.take)
-        self._runtime = [trt.Runtime(self._log.logger)]
+        self._runtime = [self._start(trt)]
         self._end = weakref.finalize(self._shared, _close, self._engines, self._runtime, cuda)  # graphs refer to it, and may live longer
         self._files = EngineFiles(folder, flavour, str(trt.__version__), cuda.capability)
         self._host = OnnxRuntimeBackend(folder, options)
@@ -121,6 +121,13 @@ class TensorRTBackend:
         if name not in self._rows:
             self._rows[name] = DeviceRows(self._shared.cuda, name, most, axis)
         return self._rows[name]
+
+    def _start(self, trt: ModuleType) -> Any:
+        try:
+            return trt.Runtime(self._log.logger)
+        except (TypeError, RuntimeError) as error:  # pybind11 raises TypeError where the constructor gives nothing
+            said = f"{self._log.take()} ({str(error).splitlines()[0]})"
+            raise ResourceError(f"{self.name} {trt.__version__} does not start: {said}; see: tmc-export doctor") from error
 
     def _engine(self, place: EnginePlace) -> Any:
         """Deserialize an engine once, straight from the mapped file."""
