@@ -203,6 +203,17 @@ def test_notes(write: Writer, files: ModelFiles) -> None:
     assert "int4 on TensorRT 10.3: not run; the fallback is float16 weights (" in notes and "opset 21: not run on a board" in notes
     tight = "device: jetson-orin-nano-8gb, runtime: tensorrt, decode_width: 2"
     assert "no fallback: float16 weights would take" in " | ".join(report_plan(write(quantize=int4, target=tight), files).notes)
+    eight = "{encoder: {weights: int8}, decoder: {weights: int8}, head: {weights: int8}}"
+    board = " | ".join(report_plan(write(quantize=eight), files).notes)
+    assert "int8 on TensorRT 10.3: not run; the fallback is float16 weights (" in board and "opset" not in board
+    thor = {"target": "device: jetson-agx-thor, runtime: tensorrt"}
+    four = " | ".join(report_plan(write(quantize="{encoder: {weights: nvfp4}, head: {weights: fp8}}", **thor), files).notes)
+    assert "opset 20, the graphs are opset 23: not run" in four and "nvfp4 on TensorRT 10.13: not run" in four
+    assert "the patch embedding stays in float16" in four and "the token table stays in float16" in four
+    assert "onnxruntime does not execute nvfp4" in four and "the patch embedding" not in board
+    slow = " | ".join(report_plan(write(quantize=eight.replace("decoder: {weights: int8}", "decoder: {weights: fp8}"),
+                                        target="device: cpu, runtime: onnxruntime"), files).notes)  # fmt: skip
+    assert "widens fp8 of the decoder in each run" in slow and "widens int8 of the head in each run" in slow
     cpu = " | ".join(report_plan(write(target="device: rtx-4090, runtime: onnxruntime, memory_tight: true"), files).notes)
     wide = " | ".join(report_plan(write(target="device: cpu, runtime: onnxruntime, decode_width: 2"), files).notes)
     assert "decode_width has no effect" in wide and "decode_width" not in cpu

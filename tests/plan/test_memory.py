@@ -55,6 +55,24 @@ def test_int4_is_half_a_byte_and_a_scale_per_block(write: Writer, files: ModelFi
     assert weight_bytes(kept).decoder - weight_bytes(plan).decoder == down * 2 - down // 2 - down // 128 * 2
 
 
+def test_one_scale_an_output_channel_and_what_stays(write: Writer, files: ModelFiles) -> None:
+    plain = weight_bytes(resolve(write(), files))
+    parts = "encoder: {weights: SCHEME}, projector: {weights: SCHEME}, decoder: {weights: SCHEME}"
+    linears = 4 * 4096 * 4096 + 3 * 4096 * 11008
+    outputs = 4 * 4096 + 2 * 11008 + 4096
+    patches, layers = 3 * 14 * 14 * 1024, 23 * (4 * 1024**2 + 2 * 1024 * 4096)
+    eight = weight_bytes(resolve(write(quantize=f"{{{parts.replace('SCHEME', 'int8')}, head: {{weights: int8}}}}"), files))
+    assert eight.decoder == 32 * (linears + 2 * outputs + 2 * 2 * 4096) + 2 * 4096
+    assert eight.embed == eight.head == 32064 * 4096 + 2 * 32064
+    assert plain.encoder - eight.encoder == patches + layers - 2 * (1024 + 23 * (5 * 1024 + 4096))
+    assert plain.projector - eight.projector == 1024 * 4096 + 4096 * 4096 - 2 * 2 * 4096
+    four = weight_bytes(resolve(write(quantize=f"{{{parts.replace('SCHEME', 'nvfp4')}}}"), files))
+    assert four.decoder == 32 * (linears // 2 + linears // 16 + 2 * 2 * 4096) + 2 * 4096
+    assert plain.encoder - four.encoder == 2 * layers - layers // 2 - layers // 16  # the patch embedding stays
+    fp8 = weight_bytes(resolve(write(quantize="{head: {weights: fp8}}"), files))
+    assert fp8.embed == plain.embed and fp8.head == eight.head  # no fp8 rows can be looked up
+
+
 def test_weights_of_the_small_model_are_those_of_its_file(write: Writer) -> None:
     """Counted in the safetensors header; only what the graphs use, so without the norm behind the encoder."""
     import json

@@ -16,6 +16,7 @@ from tmc_export.quantize.fp8 import FP8
 from tmc_export.quantize.int8 import INT8
 from tmc_export.quantize.nvfp4 import dequantize_nvfp4, global_scale, quantize_nvfp4
 from tmc_export.runtime.session import load
+from tmc_export.verify.ladder import recorded_ladder
 
 PARTS = {
     "int8": ("encoder", "projector", "decoder", "head"),
@@ -257,5 +258,12 @@ def test_the_bundle_answers(scheme: str, bundle: Callable[[str], Path]) -> None:
 
 
 def test_an_nvfp4_bundle_says_that_onnxruntime_does_not_execute_it(bundle: Callable[[str], Path]) -> None:
+    ladder = recorded_ladder(bundle("nvfp4"))
+    told = {rung.name: (rung.status, rung.note) for rung in ladder.rungs}
+    assert told["files"][0] == "passed"
+    for name in ("onnxruntime end to end", "quantized"):
+        assert told[name] == ("not run", "onnxruntime's CPU path does not execute nvfp4; only the device does")
+    other = {rung.name: rung.note for rung in recorded_ladder(bundle("int8")).rungs}
+    assert "does not execute" not in other["quantized"]
     with pytest.raises(RuntimeInputError, match="nvfp4 weights, which onnxruntime's CPU path does not execute"):
         load(bundle("nvfp4"))

@@ -2,7 +2,7 @@
 
 Biases of the decoder are left out (none in Llama and Mistral; below 0.1 % in Qwen2). A projector is taken as two linears: LLaVA's, whose
 inner width is the decoder's, or a merger's, whose inner width is that of the joined patches. An encoder's feed-forward part is taken as
-two linears, its patch embedding as a kernel, which of the schemes int8 alone stores. A method's learned weights are counted by the shapes
+two linears; a patch embedding that is a convolution, of the schemes int8 alone stores. A method's learned weights are counted by the shapes
 that it declares, once per recipe entry, with its first stage.
 """
 
@@ -18,7 +18,7 @@ from tmc_export.plan.types import BlockPlan, Plan, StagePlan, TowerPlan
 
 __all__ = [
     "LINEARS", "WIDTHS", "WeightBytes", "block_bytes", "cut_bytes", "decoder_linears", "embed_bytes", "encoder_weights", "head_bytes",
-    "layer_bytes", "learned_bytes", "looks_ahead", "projector_weights", "projector_widths", "tower_bytes", "vision_bytes",
+    "layer_bytes", "learned_bytes", "looks_ahead", "patch_kernel", "projector_weights", "projector_widths", "tower_bytes", "vision_bytes",
     "weight_bytes",
 ]  # fmt: skip
 
@@ -68,6 +68,11 @@ def encoder_weights(facts: ModelFacts) -> int:
     A CLIP ViT-L layer (width 1024, inner 4096): 4·(1024² + 1024) + 2·1024·4096 + 4096 + 1024 + 4·1024 = 12,596,224.
     """
     return sum(into * out for into, out in _encoder_linears(facts)) + _encoder_rest(facts)
+
+
+def patch_kernel(facts: ModelFacts) -> bool:
+    """Whether the patch embedding is a convolution; of towers that join patches it is a linear."""
+    return facts.encoder.merge == 1
 
 
 def _encoder_linears(facts: ModelFacts) -> list[tuple[int, int]]:
@@ -178,7 +183,8 @@ def _encoder_bytes(plan: Plan) -> int:
         linears += [(width, width)] * 2
         rest += 4 * width
     scheme = plan.quantize.get("encoder")
-    first = _linear_bytes(plan, "encoder", *patches) if scheme is not None and scheme.weights == "int8" else patches[0] * patches[1] * wide
+    stored = scheme is not None and (scheme.weights == "int8" or not patch_kernel(plan.facts))
+    first = _linear_bytes(plan, "encoder", *patches) if stored else patches[0] * patches[1] * wide
     return first + sum(_linear_bytes(plan, "encoder", into, out) for into, out in linears) + rest * wide
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from tmc_export.plan._weights import patch_kernel
 from tmc_export.plan.memory import Room, build_memory, built_on_device, gib, run_memory, tight_helps
 from tmc_export.plan.types import Plan
 from tmc_export.recipe import Device, Recipe
@@ -64,6 +65,8 @@ def _on_device(recipe: Recipe, plan: Plan, device: Device, room: Room | None) ->
             f"TensorRT {version} is taken as safe up to opset {safe}, the graphs are opset {newest}: not run on a board; "
             "build_on_device.sh tries it there"
         )
+    if any(scheme.weights == "int4" and scheme.block == 32 for scheme in plan.quantize.values()):
+        found.append("int4 in blocks of 32: NVIDIA's documents of TensorRT name 64 and 128; not run on a board")
     for name, parts in _by_scheme(plan).items():
         if OPSETS.get(name, 0) > safe or name in _AS_WEIGHTS:
             found.append(f"{name} on TensorRT {version}: not run; {_fallback(recipe, plan, room, parts)}")
@@ -82,8 +85,9 @@ def _scheme_notes(recipe: Recipe, plan: Plan) -> list[str]:
     encoder, head = plan.quantize.get("encoder"), plan.quantize.get("head")
     schemes = _by_scheme(plan)
     found = []
-    if encoder is not None and encoder.weights in ("fp8", "nvfp4"):
-        found.append(f"encoder: the patch embedding stays in {plan.dtype}; {encoder.weights} is for linears")
+    same = encoder is not None and encoder.weights == "fp16" and plan.dtype == "float16"
+    if encoder is not None and encoder.weights != "int8" and not same and patch_kernel(plan.facts):
+        found.append(f"encoder: the patch embedding stays in {plan.dtype}: a convolution, of the schemes int8 alone stores it")
     if head is not None and head.weights == "fp8":
         found.append(f"head: the token table stays in {plan.dtype}, of which fp8 codes are stored besides; ONNX looks no fp8 rows up")
     if recipe.target.runtime == "onnxruntime":
