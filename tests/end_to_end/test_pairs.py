@@ -48,7 +48,7 @@ def traced_for(module: Any) -> object:
         return "embed"
     if isinstance(module, DecoderBlock):
         p = module.plan
-        return p.first, p.last, p.head, p.since, dict(p.query_rows)
+        return p.first, p.last, p.head, p.since, dict(p.query_rows), dict(p.row_sums)
     return module.plan if isinstance(module, Vision) and not module.states.entries else None
 
 
