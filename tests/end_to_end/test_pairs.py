@@ -22,7 +22,7 @@ from tests.end_to_end._pairs import BUILT, CONFIG, write_pair  # noqa: E402
 from tests.families._small import save_small_llava  # noqa: E402
 from tmc_export import api  # noqa: E402
 from tmc_export.api.bundling import BuildResult  # noqa: E402
-from tmc_export.api.subgraphs import _Exporter  # noqa: E402
+from tmc_export.api.exporter import Exporter  # noqa: E402
 from tmc_export.core.errors import LegalityError  # noqa: E402
 from tmc_export.surgery.block import DecoderBlock  # noqa: E402
 from tmc_export.surgery.embed import Embed  # noqa: E402
@@ -55,10 +55,10 @@ def traced_for(module: Any) -> object:
 @pytest.fixture(scope="module", autouse=True)
 def equal_graphs_traced_once() -> Iterator[None]:
     """Pairs have graphs in common: a stretch of decoder layers, a vision graph. They are traced once, and made static for each pair."""
-    trace = _Exporter._trace
+    trace = Exporter._capture
     kept: list[tuple[object, Any]] = []
 
-    def once(self: _Exporter, module: Any, *rest: Any) -> Any:
+    def once(self: Exporter, module: Any, *rest: Any) -> Any:
         key = traced_for(module)
         found = next((model for k, model in kept if k == key), None)
         if found is None:
@@ -67,7 +67,7 @@ def equal_graphs_traced_once() -> Iterator[None]:
         return found.clone()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Exporter, "_trace", once)
+        patch.setattr(Exporter, "_capture", once)
         yield
 
 

@@ -2,55 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import onnx_ir as ir
-import torch
-from torch import Tensor, nn
+from tmc_export.api.exporter import Exporter, Progress
+from tmc_export.bundle.program import Program
+from tmc_export.families._contract import ModelFiles
+from tmc_export.plan.types import Plan
 
-from tmc_export.api._schemes import GraphKind, PartSchemes
-from tmc_export.bundle.program import (
-    BlockProgram,
-    CutProgram,
-    GraphPhase,
-    PhaseName,
-    Program,
-    RowSum,
-    StateProgram,
-    TowerProgram,
-    VisionProgram,
-)
-from tmc_export.export.capture import capture
-from tmc_export.export.checkpoint import Checkpoint, TensorSource, open_checkpoint
-from tmc_export.export.learned import LearnedSource
-from tmc_export.export.skeleton import make_skeleton
-from tmc_export.export.store import WeightStore
-from tmc_export.export.text_tower import open_tower
-from tmc_export.families import FAMILIES
-from tmc_export.families._contract import DecoderParts, Family, ModelFiles
-from tmc_export.graphs._contract import Attention, TextTower
-from tmc_export.passes.pipeline import clean, finish, specialize
-from tmc_export.plan.states import entering, leaving_cut, leaving_vision
-from tmc_export.plan.towers import asked_towers
-from tmc_export.plan.types import BlockPlan, CutPlan, Plan, TowerPlan, VisionPlan
-from tmc_export.surgery._states import Handed, StateBook
-from tmc_export.surgery.attention import register_attention
-from tmc_export.surgery.block import DecoderBlock
-from tmc_export.surgery.cut import Cut
-from tmc_export.surgery.embed import Embed
-from tmc_export.surgery.learned import Learned
-from tmc_export.surgery.text_tower import TextTowerGraph
-from tmc_export.surgery.vision import Vision
-
-__all__ = ["Exported", "export_subgraphs"]
-
-Progress = Callable[[str], None]
-_T, _P = 5, 7
-"""Sizes of the traced examples; any two numbers above 1 that differ do."""
+__all__ = ["Exported", "export_subgraphs", "program_of"]
 
 
 @dataclass(frozen=True)
@@ -59,282 +22,6 @@ class Exported:
 
     program: Program
     profiles: list[dict[str, Any]]
-
-
-class _Exporter:
-    def __init__(
-        self, plan: Plan, files: ModelFiles, folder: Path, config: Any, out: Path, fit: str | None, opset: int, progress: Progress
-    ) -> None:
-        self.opset = opset
-        self.plan, self.files, self.out, self.fit, self.progress = plan, files, out, fit, progress
-        self.dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[plan.dtype]
-        self.model: nn.Module = make_skeleton(config, self.dtype, register_attention())
-        self.checkpoint: Checkpoint = open_checkpoint(folder, self.model)
-        self.family: type[Family] = FAMILIES.get(plan.facts.family)
-        self.parts: DecoderParts = self.family.decoder(self.model)
-        self.onnx, self.engines = out / "onnx", out / "engines"
-        self.onnx.mkdir(parents=True, exist_ok=True)
-        self.store = WeightStore(self.onnx)
-        self.schemes = PartSchemes(plan, self.model, self.checkpoint, self.parts)
-        self.profiles: list[dict[str, Any]] = []
-        self.handed: dict[int, list[Handed]] = {}  # recipe entry -> what its last stage so far left for another graph
-
-    # ------------------------------------------------------------------------------------------------------ tracing
-    def _trace(
-        self,
-        module: Any,
-        inputs: list[Tensor],
-        names: list[str],
-        outputs: list[str] | Callable[[], list[str]],
-        symbols: list[dict[int, str] | None],
-    ) -> ir.Model:
-        model = capture(
-            module, inputs, input_names=names, output_names=outputs, symbols=symbols, model=self.model,
-            checkpoint=self.checkpoint, learned=_learned(module), opset=self.opset,
-        )  # fmt: skip
-        return clean(model)
-
-    def _save(
-        self, model: ir.Model, name: str, sizes: dict[str, int], kind: GraphKind, data: str, append: bool = False, fuse: bool = False
-    ) -> str:
-        static = specialize(model, sizes, name, append=append, causal=kind == "block" and not append)
-        self.schemes.apply(static, kind)
-        finish(static, fuse=fuse)
-        self.store.externalize(static, data)
-        path = self.onnx / f"{name}.onnx"
-        ir.save(static, path)
-        return f"onnx/{name}.onnx"
-
-    # ------------------------------------------------------------------------------------------------------- parts
-    def vision(self, plan: VisionPlan) -> VisionProgram:
-        name = f"vision_{plan.index}"
-        self.progress(name)
-        rule = self.family.image_rule(self.files, plan.size, self.fit)
-        parts, towers = self.family.vision(self.model, plan.size, plan.grid), asked_towers(self.plan, plan.stages)
-        module = Vision(parts, plan, self.dtype, leaving_vision(self.plan), towers)
-        inputs = [torch.zeros(self.plan.batch, *rule.shape, dtype=self.dtype), *self._texts(towers, self.plan.batch)]
-        model = self._trace(module, inputs, module.input_names(), module.output_names, [None] * len(inputs))
-        self._hand_on(module.states)
-        file = self._save(model, name, {}, "vision", "vision.data")
-        precision = self._precision("encoder")
-        self.profiles.append({"name": name, "onnx": file, "precision": precision, "profiles": [{"name": "static", "shapes": {}}]})
-        return VisionProgram(
-            file=file,
-            tokens=plan.tokens,
-            full_grid=plan.facts.visual_grid,
-            grid=plan.out_grid,
-            barrier=plan.barrier,
-            stages=tuple(s.method for s in plan.stages),
-            rule=rule.to_json(),  # type: ignore[arg-type]
-            states=_states(module.states.handed),
-            towers=_numbers(towers),
-        )
-
-    def _texts(self, towers: Mapping[TextTower, TowerPlan], rows: int) -> list[Tensor]:
-        """Examples of what text towers bring, one per tower."""
-        widths = {t.index: t.width for t in towers.values()}
-        return [torch.zeros(rows, width, dtype=self.dtype) for width in widths.values()]
-
-    def tower(self, plan: TowerPlan, folder: Path) -> TowerProgram:
-        name = f"text_tower_{plan.index}"
-        self.progress(name)
-        whole, source = open_tower(folder, plan.index, self.dtype)
-        model = clean(
-            capture(
-                TextTowerGraph(whole, plan), [torch.zeros(1, plan.tokens, dtype=torch.long)], input_names=["ids"],
-                output_names=["embedding"], symbols=[None], model=whole, checkpoint=source, opset=self.opset,
-            )
-        )  # fmt: skip
-        file = self._save(model, name, {}, "tower", f"{name}.data")
-        self.profiles.append({"name": name, "onnx": file, "precision": self.plan.dtype, "profiles": [{"name": "static", "shapes": {}}]})
-        return TowerProgram(file=file, folder=f"towers/{plan.index}", tokens=plan.tokens, width=plan.width)
-
-    def embed(self) -> dict[PhaseName, GraphPhase]:
-        self.progress("embed")
-        module = Embed(self.parts)
-        ids = torch.zeros(self.plan.batch, _T, dtype=torch.long)
-        model = self._trace(module, [ids], ["input_ids"], ["hidden"], [{1: "T"}])
-        sizes: dict[PhaseName, int] = {
-            "prefill": self.plan.images * self._visual() + self.plan.text_tokens,
-            "chunk": self.plan.chunk,
-            "decode": 1,
-        }
-        return {
-            phase: GraphPhase(file=self._save(model, f"embed_{phase}", {"T": t}, "embed", "embed.data"), tokens=t)
-            for phase, t in sizes.items()
-        }
-
-    def _visual(self) -> int:
-        return max((v.tokens for v in self.plan.vision), default=0)
-
-    def block(self, plan: BlockPlan) -> BlockProgram:
-        name = f"block_{plan.index}"
-        self.progress(name)
-        module = DecoderBlock(self.parts, plan, self.plan.windows)
-        inputs, symbols = self._block_inputs(plan, module.needs_last)
-        names = module.input_names()
-        model = self._trace(module, inputs, names, module.output_names, symbols)
-        phases: dict[PhaseName, tuple[int, int]] = {
-            "prefill": (plan.tokens, 0), "chunk": (self.plan.chunk, plan.capacity), "decode": (1, plan.capacity),
-        }  # fmt: skip
-        programs: dict[PhaseName, GraphPhase] = {}
-        for phase, (t, p) in phases.items():
-            append = phase == "decode"
-            plain = set(self.plan.windows[plan.first : plan.last]) == {None} and not plan.since
-            fuse = append and self.plan.runtime == "onnxruntime" and plain
-            file = self._save(model, f"{name}_{phase}", {"T": t, "P": p - 1 if append else p}, "block", f"{name}.data", append, fuse)
-            programs[phase] = GraphPhase(file=file, tokens=t, past=p)
-        self._symbolic(model, name, phases, names, inputs, symbols)
-        return BlockProgram(
-            index=plan.index, first=plan.first, last=plan.last, tokens=plan.tokens, capacity=plan.capacity,
-            query_rows=dict(plan.query_rows), head=plan.head, phases=programs,
-            row_sums={layer: tuple(map(_row_sum, needs)) for layer, needs in plan.row_sums.items()},
-        )  # fmt: skip
-
-    def _block_inputs(self, plan: BlockPlan, last: bool) -> tuple[list[Tensor], list[dict[int, str] | None]]:
-        b, d = self.plan.batch, self.plan.facts.decoder
-        long, flag = torch.long, torch.bool
-        inputs = [
-            torch.zeros(b, _T, d.width, dtype=self.dtype), torch.zeros(d.rope_axes, b, _T, dtype=long), torch.zeros(b, _T, dtype=long),
-            torch.ones(b, _T, dtype=flag), torch.zeros(b, _P, dtype=long), torch.ones(b, _P, dtype=flag),
-        ]  # fmt: skip
-        symbols: list[dict[int, str] | None] = [{1: "T"}, {2: "T"}, {1: "T"}, {1: "T"}, {1: "P"}, {1: "P"}]
-        if plan.since:
-            inputs.append(torch.zeros(b, _T, dtype=long))
-            symbols.append({1: "T"})
-        if plan.row_sums:
-            inputs.append(torch.ones(b, _T, dtype=flag))
-            symbols.append({1: "T"})
-        if last:
-            inputs.append(torch.zeros(b, dtype=long))
-            symbols.append(None)
-        for _ in range(2 * (plan.last - plan.first)):
-            inputs.append(torch.zeros(b, d.kv_heads, _P, d.head_dim, dtype=self.dtype))
-            symbols.append({2: "P"})
-        return inputs, symbols
-
-    def _symbolic(
-        self,
-        model: ir.Model,
-        name: str,
-        phases: dict[PhaseName, tuple[int, int]],
-        names: list[str],
-        inputs: list[Tensor],
-        symbols: list[dict[int, str] | None],
-    ) -> None:
-        """Keep the symbolic block for the engine builder, with the shapes of its phases."""
-        self.engines.mkdir(exist_ok=True)
-        symbolic = model.clone()
-        symbolic.graph.name = name
-        self.schemes.apply(symbolic, "block")
-        finish(symbolic, static=False)
-        self.store.externalize(symbolic, f"{name}.data")
-        for value in symbolic.graph.initializers.values():
-            tensor = value.const_value
-            if isinstance(tensor, ir.ExternalTensor):
-                value.const_value = ir.ExternalTensor(
-                    f"../onnx/{tensor.location}", tensor.offset, tensor.length, tensor.dtype,
-                    shape=tensor.shape, name=tensor.name or "", base_dir=self.engines,
-                )  # fmt: skip
-        ir.save(symbolic, self.engines / f"{name}.onnx")
-        profiles = []
-        for phase, (t, p) in phases.items():
-            if phase == "decode":
-                t = self.plan.decode_width
-            size = {"T": t, "P": p}
-            shapes = {
-                n: [size[axes[i]] if axes and i in axes else int(s) for i, s in enumerate(x.shape)]
-                for n, x, axes in zip(names, inputs, symbols, strict=True)
-            }
-            profiles.append({"name": phase, "shapes": shapes})
-        precision = self._precision("decoder")
-        self.profiles.append({"name": name, "onnx": f"engines/{name}.onnx", "precision": precision, "profiles": profiles})
-
-    def _precision(self, part: str) -> str:
-        """How a part's weights are stored, for the engine builder's estimate of memory."""
-        scheme = self.plan.quantize.get(part)
-        return scheme.weights if scheme is not None and scheme.weights not in ("fp16", "bf16") else self.plan.dtype
-
-    def cut(self, plan: CutPlan) -> CutProgram:
-        name = f"compress_{plan.before_block}"
-        self.progress(name)
-        given = [self._entering(h, plan) for entry in entering(self.plan, plan) for h in self.handed.get(entry, [])]
-        towers = asked_towers(self.plan, plan.stages)
-        module = Cut(
-            self.parts, plan, self.plan.images, self.plan.facts, self.plan.windows, self.dtype, given, leaving_cut(self.plan, plan), towers
-        )  # fmt: skip
-        inputs = [*self._cut_inputs(module, plan), *self._texts(towers, self.plan.batch * self.plan.images)]
-        model = self._trace(module, inputs, module.input_names(), module.output_names, [None] * len(inputs))
-        self._hand_on(module.states)
-        file = self._save(model, name, {}, "compress", f"{name}.data")
-        self.profiles.append({"name": name, "onnx": file, "precision": self.plan.dtype, "profiles": [{"name": "static", "shapes": {}}]})
-        return CutProgram(
-            before_block=plan.before_block, layer=plan.layer, file=file, tokens_in=plan.tokens_in, tokens_out=plan.tokens_out,
-            visual_in=plan.visual_in, visual_out=plan.visual_out, positions=plan.positions,
-            previous=bool(module.previous), next=bool(module.next), sums=len(plan.summed),
-            kv=tuple(sorted({i for s in plan.stages for i in s.after.kv_rows})), methods=tuple(s.method for s in plan.stages),
-            text=module.text_places, entering=_states(given), leaving=_states(module.states.handed),
-            towers=_numbers(towers),
-        )  # fmt: skip
-
-    def _hand_on(self, states: StateBook) -> None:
-        """Remember what leaves a graph: it replaces what the entry handed on before."""
-        for entry in states.entries:
-            self.handed[entry] = [h for h in states.handed if h.entry == entry]
-
-    def _entering(self, handed: Handed, cut: CutPlan) -> Handed:
-        """A state as a cut gets it: from a vision graph, one item for every picture of the bucket."""
-        scope = next(s.scope for s in cut.stages if s.entry == handed.entry)
-        items = self.plan.batch * (self.plan.images if scope == "image" else 1)
-        return replace(handed, shape=(items, *handed.shape[1:]))
-
-    def _cut_inputs(self, module: Cut, plan: CutPlan) -> list[Tensor]:
-        b, d, s, n = self.plan.batch, self.plan.facts.decoder, plan.tokens_in, plan.visual_in
-        long, flag = torch.long, torch.bool
-        inputs = [
-            torch.zeros(b, s, d.width, dtype=self.dtype), torch.zeros(d.rope_axes, b, s, dtype=long), torch.zeros(b, s, dtype=long),
-            torch.ones(b, s, dtype=flag), torch.zeros(b, s, dtype=long), torch.zeros(b, n, dtype=long), torch.ones(b, n, dtype=flag),
-            torch.zeros(b, dtype=long),
-        ]  # fmt: skip
-        if t := module.text_places:
-            inputs += [torch.zeros(b, t, dtype=long), torch.ones(b, t, dtype=flag)]
-        if module.previous:
-            before = self.plan.blocks[plan.before_block - 1]
-            rows = 1 if before.query_rows[plan.layer - 1] == "last" else s
-            c = before.capacity
-            inputs += [
-                torch.zeros(b, s, dtype=long), torch.zeros(b, c, dtype=long), torch.ones(b, c, dtype=flag),
-                torch.zeros(b, d.heads, rows, d.head_dim, dtype=self.dtype), torch.zeros(b, d.kv_heads, c, d.head_dim, dtype=self.dtype),
-            ]  # fmt: skip
-        inputs += [torch.zeros(b, *([d.heads] if n.heads == "none" else []), s) for n in plan.summed]
-        if module.next:
-            c = self.plan.blocks[plan.before_block].capacity
-            inputs += [
-                torch.zeros(b, c, dtype=long), torch.ones(b, c, dtype=flag), torch.zeros(b, d.kv_heads, c, d.head_dim, dtype=self.dtype),
-            ]  # fmt: skip
-        return inputs + [torch.zeros(h.shape, dtype=h.dtype) for h in module.entering]
-
-
-def _row_sum(need: Attention) -> RowSum:
-    return RowSum.model_validate({"rows": need.rows, "heads": need.heads})
-
-
-def _numbers(towers: Mapping[TextTower, TowerPlan]) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(t.index for t in towers.values()))
-
-
-def _states(handed: Sequence[Handed]) -> tuple[StateProgram, ...]:
-    return tuple(StateProgram(entry=h.entry, name=h.name, shape=h.shape, dtype=str(h.dtype).removeprefix("torch.")) for h in handed)
-
-
-def _learned(module: nn.Module) -> dict[str, tuple[TensorSource, str]]:
-    """Where the learned parameters of a subgraph are read, by their name in it."""
-    found: dict[str, tuple[TensorSource, str]] = {}
-    for place, child in module.named_children():
-        for local, weights, name in child.sources() if isinstance(child, Learned) else ():
-            source = LearnedSource(weights.shapes, weights.path, weights.prefix, weights.random or 0)
-            found[f"{place}.{local}"] = source, name
-    return found
 
 
 def export_subgraphs(
@@ -365,7 +52,13 @@ def export_subgraphs(
         ModelError: weights are missing or damaged.
         ExportError: a part cannot be lowered.
     """
-    work = _Exporter(plan, files, folder, config, out, fit, opset, progress)
+    work = Exporter(plan, files, folder, config, out, fit, opset, progress)
+    return Exported(program_of(work, towers), work.profiles)
+
+
+def program_of(work: Exporter, towers: Mapping[str, Path]) -> Program:
+    """Make every subgraph, and the program that says when each runs."""
+    plan, files = work.plan, work.files
     texts = tuple(work.tower(t, towers[t.source]) for t in plan.towers)
     vision = tuple(work.vision(v) for v in plan.vision)
     embed = work.embed()
@@ -373,7 +66,7 @@ def export_subgraphs(
     cuts = tuple(work.cut(c) for c in plan.cuts)
     work.schemes.finish()
     d, rules = plan.facts.decoder, work.family.tokens(files)
-    program = Program(
+    return Program(
         family=plan.facts.family, dtype="float16" if plan.dtype == "float16" else "float32", batch=plan.batch, images=plan.images,
         width=d.width, vocabulary=d.vocabulary, heads=d.heads, kv_heads=d.kv_heads, head_dim=d.head_dim, rope_axes=d.rope_axes,
         position_rule=work.family.position_rule(files), text_tokens=plan.text_tokens, new_tokens=plan.new_tokens,
@@ -381,4 +74,3 @@ def export_subgraphs(
         image_token=rules.image, image_text=rules.image_text, eos=rules.eos, vision=vision, embed=embed, blocks=blocks, cuts=cuts,
         towers=texts,
     )  # fmt: skip
-    return Exported(program, work.profiles)

@@ -1,0 +1,68 @@
+"""A plan's subgraphs as modules that run, without a bundle: what calibration answers questions with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+
+from tmc_export.api.eager import EagerBackend, parameter_names
+from tmc_export.api.exporter import Exporter, learned_sources
+from tmc_export.api.subgraphs import program_of
+from tmc_export.bundle.program import Program
+from tmc_export.export.capture import OPSET
+from tmc_export.export.materialize import WeightCache
+from tmc_export.families._contract import ModelFiles
+from tmc_export.plan.types import Plan
+
+__all__ = ["eager_program"]
+
+
+def eager_program(
+    plan: Plan,
+    files: ModelFiles,
+    folder: Path,
+    config: Any,
+    fit: str | None,
+    towers: Mapping[str, Path] = MappingProxyType({}),
+    budget: int = 2 << 30,
+) -> tuple[Program, EagerBackend, Mapping[str, nn.Linear]]:
+    """Trace a plan's subgraphs in float32, unquantized, and write nothing.
+
+    Args:
+        plan: what would be exported.
+        files: the model's JSON files.
+        folder: the model folder with its weights.
+        config: its transformers configuration.
+        fit: the recipe's picture rule, or None for the family's own.
+        towers: folders of the text towers with their weights, by source.
+        budget: bytes of weights that may stay in memory between two uses.
+
+    Returns:
+        The program, a backend that runs its subgraphs eagerly, and the model's linears by their weight's name in the checkpoint.
+
+    Raises:
+        ModelError: weights are missing or damaged.
+        ExportError: a part cannot be lowered.
+    """
+    plain = replace(plan, dtype="float32", quantize={})
+    work = Exporter(plain, files, folder, config, folder, fit, OPSET, lambda _: None, write=False)
+    program = program_of(work, towers)
+    for runnable in work.runnables.values():
+        _fill_learned(runnable.module)
+    names = parameter_names(work.model)
+    backend = EagerBackend(work.runnables, names, WeightCache(work.checkpoint, torch.float32, budget))
+    found = {work.checkpoint.identity(names[id(m.weight)]): m for m in work.model.modules() if isinstance(m, nn.Linear)}
+    return program, backend, found
+
+
+def _fill_learned(module: nn.Module) -> None:
+    """Give learned parameters their values: they are small, and stages read them without running a submodule."""
+    for place, (source, name) in learned_sources(module).items():
+        owner, _, local = place.rpartition(".")
+        module.get_submodule(owner).register_parameter(local, nn.Parameter(source.read(name, torch.float32), requires_grad=False))
