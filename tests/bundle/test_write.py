@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -119,3 +120,19 @@ def test_hash(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"abc")
     assert hash_file(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert issubclass(NotABundleError, BundleError)
+
+
+def test_a_folder_that_another_builder_takes_away_before_it_is_locked_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Path] = []
+    right = os.open
+
+    def slow(path: Path, *rest: int) -> int:
+        if not opened:
+            shutil.rmtree(path)
+        opened.append(path)
+        return right(path, *rest)
+
+    monkeypatch.setattr("tmc_export.bundle.write.os.open", slow)
+    with atomic_folder(tmp_path / "out") as work:
+        (work / "manifest.json").write_text("{}", "utf-8")
+    assert len(set(opened)) == 2 and [p.name for p in tmp_path.iterdir()] == ["out"]

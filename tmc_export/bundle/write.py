@@ -79,7 +79,10 @@ def _make(target: Path) -> tuple[Path, int]:
     """Make a folder that this process holds the lock of; another builder's cleaning may take it away before it is locked."""
     while True:
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_PART, dir=target.parent))
-        lock = os.open(work, os.O_RDONLY)
+        try:
+            lock = os.open(work, os.O_RDONLY)
+        except FileNotFoundError:  # taken away before it was opened
+            continue
         if _lock(lock) and work.is_dir():
             return work, lock
         os.close(lock)
