@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -123,16 +122,18 @@ def test_hash(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_another_builder_takes_away_before_it_is_locked_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[Path] = []
+    opened: list[str] = []
     right = os.open
 
-    def slow(path: Path, *rest: int) -> int:
-        if not opened:
-            shutil.rmtree(path)
-        opened.append(path)
+    def late(path: str | Path, *rest: int, **more: int) -> int:
+        if more:  # shutil's own
+            return right(path, *rest, **more)
+        opened.append(str(path))
+        if len(opened) == 1:
+            Path(path).rmdir()
         return right(path, *rest)
 
-    monkeypatch.setattr("tmc_export.bundle.write.os.open", slow)
+    monkeypatch.setattr("tmc_export.bundle.write.os.open", late)
     with atomic_folder(tmp_path / "out") as work:
         (work / "manifest.json").write_text("{}", "utf-8")
-    assert len(set(opened)) == 2 and [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert opened[0] != opened[1] and [p.name for p in tmp_path.iterdir()] == ["out"]
