@@ -115,14 +115,13 @@ class EagerBackend(HostMemory):
 
     Args:
         runnables: by the bundle file that each is the module of; the phases of a block share one.
-        names: identity of a parameter → its name in the checkpoint.
-        cache: where weights are read.
+        weights: per file, identity of a parameter → its name, and where weights are read by that name.
     """
 
     name = "eager"
 
-    def __init__(self, runnables: Mapping[str, Runnable], names: Mapping[int, str], cache: WeightCache) -> None:
-        self._runnables, self._names, self._cache = runnables, names, cache
+    def __init__(self, runnables: Mapping[str, Runnable], weights: Mapping[str, tuple[Mapping[int, str], WeightCache]]) -> None:
+        self._runnables, self._weights = runnables, weights
         self._graphs: dict[str, EagerGraph] = {}
 
     def graph(self, file: str) -> EagerGraph:
@@ -134,7 +133,8 @@ class EagerBackend(HostMemory):
         if file not in self._runnables:
             raise ExportError(f"no module was traced for {file}; traced are: {', '.join(sorted(self._runnables))}")
         if file not in self._graphs:
-            self._graphs[file] = EagerGraph(self._runnables[file], lambda m: materialized(m, self._names, self._cache))
+            names, cache = self._weights[file]
+            self._graphs[file] = EagerGraph(self._runnables[file], lambda m: materialized(m, names, cache))
         return self._graphs[file]
 
 

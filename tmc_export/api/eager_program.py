@@ -56,7 +56,10 @@ def eager_program(
     for runnable in work.runnables.values():
         _fill_learned(runnable.module)
     names = parameter_names(work.model)
-    backend = EagerBackend(work.runnables, names, WeightCache(work.checkpoint, torch.float32, budget))
+    cache = WeightCache(work.checkpoint, torch.float32, budget)
+    weights = dict.fromkeys(work.runnables, (names, cache))
+    weights |= {file: (parameter_names(whole), WeightCache(source, torch.float32, budget)) for file, (whole, source) in work.towers.items()}
+    backend = EagerBackend(work.runnables, weights)
     found = {work.checkpoint.identity(names[id(m.weight)]): m for m in work.model.modules() if isinstance(m, nn.Linear)}
     return program, backend, found
 

@@ -61,6 +61,7 @@ class Exporter:
 
     Attributes:
         runnables: by the bundle file that it is traced for, every module and how it is called.
+        towers: by file, the text tower and where its weights are read.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Exporter:
     ) -> None:
         self.write = write
         self.runnables: dict[str, Runnable] = {}
+        self.towers: dict[str, tuple[nn.Module, TensorSource]] = {}
         self.opset = opset
         self.plan, self.files, self.out, self.fit, self.progress = plan, files, out, fit, progress
         self.dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[plan.dtype]
@@ -169,12 +171,15 @@ class Exporter:
         name = f"text_tower_{plan.index}"
         self.progress(name)
         whole, source = open_tower(folder, plan.index, self.dtype)
+        module, ids = TextTowerGraph(whole, plan), torch.zeros(1, plan.tokens, dtype=torch.long)
         model = clean(
             capture(
-                TextTowerGraph(whole, plan), [torch.zeros(1, plan.tokens, dtype=torch.long)], input_names=["ids"],
-                output_names=["embedding"], symbols=[None], model=whole, checkpoint=source, opset=self.opset,
+                module, [ids], input_names=["ids"], output_names=["embedding"], symbols=[None], model=whole, checkpoint=source,
+                opset=self.opset,
             )
         )  # fmt: skip
+        self._traced = Runnable(module, ("ids",), (ids,), (None,), ("embedding",))
+        self.towers[f"onnx/{name}.onnx"] = whole, source
         file = self._save(model, name, {}, "tower", f"{name}.data")
         self.profiles.append({"name": name, "onnx": file, "precision": self.plan.dtype, "profiles": [{"name": "static", "shapes": {}}]})
         return TowerProgram(file=file, folder=f"towers/{plan.index}", tokens=plan.tokens, width=plan.width)
