@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
+AutoConfig = pytest.importorskip("transformers").AutoConfig
 
 from tests._tower import WIDTH, save_clip  # noqa: E402
 from tests.end_to_end._tiny import EXAMPLES, MODEL  # noqa: E402
 from tmc_export.api import build, load  # noqa: E402
+from tmc_export.api.eager_program import eager_program  # noqa: E402
 from tmc_export.bundle.read import open_manifest  # noqa: E402
 from tmc_export.bundle.write import hash_file, seal  # noqa: E402
 from tmc_export.core.errors import ModelError, RuntimeInputError  # noqa: E402
@@ -22,9 +23,11 @@ from tmc_export.plan.make import make_plan  # noqa: E402
 from tmc_export.plan.source import read_model_files  # noqa: E402
 from tmc_export.recipe import load_recipe  # noqa: E402
 from tmc_export.report.inspect import describe, render  # noqa: E402
+from tmc_export.runtime._backend import BackendOptions  # noqa: E402
 from tmc_export.runtime._chat import expand_image_tokens  # noqa: E402
 from tmc_export.runtime._text_tower import TextTowers, tower_ids  # noqa: E402
 from tmc_export.runtime._tokenizer import Tokenizer  # noqa: E402
+from tmc_export.runtime.session import Session  # noqa: E402
 from tmc_export.verify.ladder import climb, recorded_ladder  # noqa: E402
 from tmc_export.verify.play import play  # noqa: E402
 from tmc_export.verify.recorded import read_cases  # noqa: E402
@@ -59,6 +62,24 @@ def trim(folder: Path) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------------------- parity
+def test_eager_reads_the_tower_as_onnxruntime_does(trim: Path, folder: Path) -> None:
+    recipe, files, manifest = load_recipe(folder / "trim.yaml"), read_model_files(MODEL), open_manifest(trim)
+    plan, _ = make_plan(recipe, files)
+    towers = {t.source: folder / "clip" for t in plan.towers}
+    program, backend, _ = eager_program(plan, files, MODEL, AutoConfig.from_pretrained(MODEL), recipe.inputs.fit, towers)
+    assert program == manifest.program
+    eager, other = Session(trim, manifest, backend, BackendOptions()), load(trim)
+    kept = []
+    for question in QUESTIONS:
+        one = eager.generate(PICTURES[:1], question, chat=False, max_new_tokens=2)
+        two = other.generate(PICTURES[:1], question, chat=False, max_new_tokens=2)
+        assert one.tokens == two.tokens
+        out = [s.prompt([s.program.image_token], s.encode_images(PICTURES[:1]), [question]).sources[0][0].tolist() for s in (eager, other)]
+        assert out[0] == out[1]
+        kept.append(out[0])
+    assert kept[0] != kept[1], "another question keeps other tokens"
+
+
 def test_trim_climbs_the_ladder(trim: Path, folder: Path) -> None:
     manifest = open_manifest(trim)
     assert manifest.proofs["onnxruntime end to end"].startswith("passed")
