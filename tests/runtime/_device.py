@@ -41,6 +41,7 @@ CASES = {
     "fastv": Case(save_small_llava, "{at: decoder.2, method: fastv, keep: 25%}"),  # keys and query rows of the layer before
     "pyramiddrop": Case(save_small_llava, "{at: decoder.1, method: pyramiddrop, layers: [1, 3], keep: [50%, 25%]}"),  # of the layer after
     "tokencarve": Case(save_small_llava, "{at: decoder.2, method: tokencarve, keep: 50%}"),  # rows leave the slots of earlier layers
+    "fitprune": Case(save_small_llava, "{at: decoder.2, method: fitprune, delete: [0, 8, 8]}"),  # sums that a block makes of its own map
     "sparsevlm": Case(
         save_small_llava, "{at: decoder.1, method: sparsevlm, layers: [1, 3], keep: [60%, 60%]}"
     ),  # a cut before the first block, what cuts hand to later cuts, tokens that come from no place

@@ -63,7 +63,8 @@ class BlockSlots:
         """What the block's decode graph reads of the new token besides `hidden`, in arrays that stay from token to token, to be filled."""
         row = {name: np.zeros((1, 1), np.int64) for name in ("order", "since")}
         positions = np.zeros((self._axes, 1, 1), np.int64)
-        return {**row, "positions": positions, "valid": np.ones((1, 1), np.bool_), "last": np.zeros(1, np.int64)}
+        flags = {name: np.ones((1, 1), np.bool_) for name in ("valid", "text")}
+        return {**row, **flags, "positions": positions, "last": np.zeros(1, np.int64)}
 
     def key(self, layer: int) -> Held:
         """Keys `[1, g, C, d]` of a layer."""
