@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("decoder036b", "selector_share", "genai_compare", "llava7b_export", "engine_sizes", "accuracy", "parity")
+NAMES = ("decoder036b", "schemes_speed", "selector_share", "genai_compare", "llava7b_export", "engine_sizes", "accuracy", "parity")
 
 
 def main() -> None:

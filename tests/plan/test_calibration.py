@@ -34,6 +34,14 @@ def test_data_without_a_scheme(parts: str, write: Writer) -> None:
         check_calibration(write(quantize=f"{{{parts}{DATA}}}"))
 
 
+@pytest.mark.parametrize("observer", ["entropy", "mse"])
+def test_observers_of_equal_steps_are_not_for_fp8(observer: str, write: Writer) -> None:
+    data = f"calibration: {{images: a, prompts: b.jsonl, observer: {observer}}}"
+    with pytest.raises(LegalityError, match=rf":5:\d+: observer: {observer} reckons with equal steps.*minmax or percentile"):
+        check_calibration(write(quantize=f"{{decoder: {{weights: fp8, activations: fp8}}, {data}}}"))
+    check_calibration(write(quantize=f"{{decoder: {{weights: int8, activations: int8}}, {data}}}"))
+
+
 def test_pictures_are_asked_for_where_there_are_any(write: Writer) -> None:
     part = "decoder: {weights: int8, activations: int8}"
     blind = {"inputs": "images: 0, text_tokens: 8, new_tokens: 8"}

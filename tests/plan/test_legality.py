@@ -142,16 +142,16 @@ WRONG: list[tuple[str, tuple[str, ...], dict[str, Any], str, tuple[str, ...]]] =
     (
         "activations, not built",
         (),
-        {"quantize": "{decoder: {weights: int8, activations: int8}}"},
-        "5:50",
-        ("quantize.decoder.activations: int8 activations are not built yet", "weight-only"),
+        {"quantize": "{decoder: {weights: nvfp4, activations: nvfp4}}", "target": "device: rtx-5090, runtime: tensorrt-rtx"},
+        "5:51",
+        ("quantize.decoder.activations: nvfp4 activations are not built yet", "weight-only"),
     ),
     (
-        "awq, not built",
+        "gptq, not built",
         (),
-        {"quantize": "{decoder: {weights: int4, block: 128, algorithm: awq}}"},
+        {"quantize": "{decoder: {weights: int4, block: 128, algorithm: gptq}}"},
         "5:60",
-        ("quantize.decoder.algorithm: awq is not built yet; write rtn",),
+        ("quantize.decoder.algorithm: gptq is not built yet; write awq, or rtn",),
     ),
     (
         "int8 slots, not built",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Literal
 
 import onnx_ir as ir
@@ -13,9 +13,12 @@ from tmc_export.export.checkpoint import Checkpoint
 from tmc_export.families._contract import DecoderParts
 from tmc_export.plan.types import Plan, QuantizePlan
 from tmc_export.quantize import SCHEMES
-from tmc_export.quantize._weights import check_keep
+from tmc_export.quantize._divide import divide_inputs
+from tmc_export.quantize._inputs import Product, quantize_inputs
+from tmc_export.quantize._weights import check_keep, is_kept, weight_name, weights_of
+from tmc_export.quantize.calibrated import Calibrated
 
-__all__ = ["GraphKind", "PartSchemes"]
+__all__ = ["GraphKind", "PartSchemes", "part_of"]
 
 GraphKind = Literal["vision", "embed", "block", "compress", "tower"]
 
@@ -44,6 +47,18 @@ The token table goes with the head, whose tensor it often is.
 """
 
 
+def part_of(name: str, layers: Collection[str]) -> str:
+    """Return the part whose scheme a linear of the model has, by its weight's name in the checkpoint.
+
+    Args:
+        name: of the weight.
+        layers: names of the weights in the decoder's layers.
+    """
+    if name in layers:
+        return "decoder"
+    return "projector" if _is_projector(name) else "encoder"
+
+
 class PartSchemes:
     """The weight schemes of a plan.
 
@@ -52,13 +67,15 @@ class PartSchemes:
         model: the whole model.
         checkpoint: its weights, for their names.
         parts: its decoder.
+        found: what calibration found of its linears.
 
     Raises:
         LegalityError: a combination that is not built, or a `keep` that names nothing.
     """
 
-    def __init__(self, plan: Plan, model: nn.Module, checkpoint: Checkpoint, parts: DecoderParts) -> None:
+    def __init__(self, plan: Plan, model: nn.Module, checkpoint: Checkpoint, parts: DecoderParts, found: Calibrated) -> None:
         _check(plan)
+        self._found, self._unsigned = found, plan.runtime == "onnxruntime"
         self._plan: Mapping[str, QuantizePlan] = plan.quantize
         state = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
         layers = {state[id(p)] for p in parts.layers.parameters()}
@@ -68,19 +85,31 @@ class PartSchemes:
             check_keep(part, scheme.keep, names)
         self._changed: dict[str, int] = dict.fromkeys(self._plan, 0)
 
-    def apply(self, model: ir.Model, graph: GraphKind) -> None:
+    def apply(self, model: ir.Model, graph: GraphKind, *, engine: bool = False) -> None:
         """Apply to a graph, in place, the schemes of the parts it holds; weights stay lazy.
+
+        Args:
+            model: the graph.
+            graph: what it holds.
+            engine: it is for the engine builder, whatever the recipe's runtime.
 
         Raises:
             LegalityError: a scheme cannot store one of the weights; names the part.
+            RecipeError: the data did not reach a linear whose input has codes.
         """
         for part, belongs in _PARTS[graph].items():
-            if part in self._plan:
-                try:
-                    applied = SCHEMES.get(self._plan[part].weights)(model, self._plan[part], belongs)
-                except LegalityError as error:
-                    raise LegalityError(f"quantize.{part}: {error}") from error
-                self._changed[part] += len(applied.changed) + len(applied.kept)
+            if part not in self._plan:
+                continue
+            scheme = self._plan[part]
+            products = _products(model, scheme, belongs)
+            divide_inputs(model, products, self._found.divisors)
+            try:
+                applied = SCHEMES.get(scheme.weights)(model, scheme, belongs)
+            except LegalityError as error:
+                raise LegalityError(f"quantize.{part}: {error}") from error
+            if scheme.activations is not None:
+                quantize_inputs(model, products, self._found.clips, scheme.activations, unsigned=self._unsigned and not engine)
+            self._changed[part] += len(applied.changed) + len(applied.kept)
 
     def finish(self) -> None:
         """Check, when every graph is made, that no scheme went without effect.
@@ -91,6 +120,12 @@ class PartSchemes:
         for part, count in self._changed.items():
             if not count and part != "kv":
                 raise ExportError(f"quantize.{part}: no weight of that part was found in any subgraph; remove it from the recipe")
+
+
+def _products(model: ir.Model, scheme: QuantizePlan, belongs: Callable[[str], bool]) -> list[Product]:
+    """The matrix products of a part, without those that the plan keeps."""
+    found = [Product(node, weight_name(value)) for node, value in weights_of(model, {"MatMul": 1}, belongs)]
+    return [product for product in found if not is_kept(product.name, scheme.keep)]
 
 
 def _check(plan: Plan) -> None:

@@ -6,13 +6,14 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tmc_export.api.calibration_data import digest_of, samples_of
 from tmc_export.api.engines import prove
 from tmc_export.api.parity import check_recorded, record_reference
+from tmc_export.api.sidecars import copy_sidecars
 from tmc_export.bundle.manifest import MANIFEST, Manifest
 from tmc_export.bundle.read import check_files, open_manifest
 from tmc_export.bundle.write import atomic_folder, check_replaceable, hash_file, seal, write_manifest
@@ -28,12 +29,6 @@ from tmc_export.recipe import load_device, load_recipe
 from tmc_export.recipe.recipe import Recipe
 
 __all__ = ["BuildResult", "build_bundle"]
-
-SIDECARS = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
-    "processor_config.json", "preprocessor_config.json", "generation_config.json", "config.json", "vocab.json", "merges.txt",
-)  # fmt: skip
-"""Hugging Face files that travel in the bundle unchanged, under `model/` and, of text towers, `towers/<n>/`."""
 
 _TOOLS = ("tmc-export", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 
@@ -87,6 +82,7 @@ def build_bundle(
     learned = _learned_files(loaded)
     towers = fetch_towers(loaded, plan)
     stamps = {source: _fingerprint(place) for source, place in towers.items()}
+    samples = samples_of(loaded)
     want_engines = loaded.target.runtime == "tensorrt-rtx" if engines is None else engines
     key = _key(
         [
@@ -96,21 +92,24 @@ def build_bundle(
             checkpoint,
             _stamps(learned),
             stamps,
+            digest_of(samples),
             record,
             want_engines,
         ]
     )
-    if not force and (found := _cached(target, key)) is not None:
-        return BuildResult(target, found, cached=True)
+    if not force and (there := _cached(target, key)) is not None:
+        return BuildResult(target, there, cached=True)
     _check_text_files(folder)
     for tower in plan.towers:
         _check_tower_files(towers[tower.source], tower)
     require("torch", extra="export", purpose="build a bundle")
+    from tmc_export.api.calibrate import calibrate
     from tmc_export.api.subgraphs import export_subgraphs
     from tmc_export.export.task import check_task
 
     check_task(folder, plan.facts.architecture)
     config = _config(folder)
+    found = calibrate(plan, loaded, samples, files, folder, config, towers, progress)
     with atomic_folder(target) as work:
         exported = export_subgraphs(
             plan,
@@ -122,11 +121,12 @@ def build_bundle(
             emitted_opset(plan, device),
             lambda name: progress(f"export {name}"),
             towers,
+            found,
         )
         (work / "engines" / "profiles.json").write_text(json.dumps({"subgraphs": exported.profiles}, indent=1) + "\n", "utf-8")
-        _copy_sidecars(folder, work / "model")
+        copy_sidecars(folder, work / "model")
         for place, program in zip(towers.values(), exported.program.towers, strict=True):
-            _copy_sidecars(place, work / program.folder)
+            copy_sidecars(place, work / program.folder)
         (work / "report").mkdir()
         (work / "report" / "plan.json").write_text(json.dumps(report_json(report), indent=1) + "\n", "utf-8")
         manifest = Manifest(
@@ -137,6 +137,7 @@ def build_bundle(
             checkpoint={name: hash_file(folder / name) for name in sorted(checkpoint)},
             weights={name: hash_file(path) for name, path in learned.items()},
             towers={source: {name: hash_file(towers[source] / name) for name in sorted(names)} for source, names in stamps.items()},
+            calibration={"samples": found.samples, "sha256": found.digest} if samples else None,
             versions=_versions(),
             program=exported.program,
             proofs=prove(work, device, loaded, want_engines, progress),
@@ -248,10 +249,3 @@ def _cached(target: Path, key: str) -> Manifest | None:
     except BundleError:
         return None
     return manifest
-
-
-def _copy_sidecars(folder: Path, out: Path) -> None:
-    out.mkdir(parents=True)
-    for name in SIDECARS:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, out / name)

@@ -4,22 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from tmc_export.api.calibration_data import Sample
-from tmc_export.api.eager import running_rows
+from tmc_export.api.eager import running_kind, running_rows
 from tmc_export.core.errors import RecipeError, RuntimeInputError
 from tmc_export.quantize.histogram import Histogram
+from tmc_export.quantize.row_sample import RowSample
 from tmc_export.runtime.session import Session
 
-__all__ = ["observe", "observed"]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+
+__all__ = ["Seen", "observe", "observed"]
+
+
+@dataclass
+class Seen:
+    """What linears got.
+
+    Attributes:
+        inputs: name of a linear's weight → its input; linears that read one input have one entry, the same object.
+        rows: the same, some of its rows; empty unless asked for.
+    """
+
+    inputs: dict[str, Histogram] = field(default_factory=dict)
+    rows: dict[str, RowSample] = field(default_factory=dict)
+
+    def groups(self) -> list[tuple[str, ...]]:
+        """Names that read one input, together, in the order in which they ran."""
+        found: dict[int, list[str]] = {}
+        for name, histogram in self.inputs.items():
+            found.setdefault(id(histogram), []).append(name)
+        return [tuple(names) for names in found.values()]
 
 
 def observe(
-    session: Session, samples: Sequence[Sample], wanted: Mapping[str, nn.Linear], progress: Callable[[str], None] = lambda _: None
-) -> dict[str, Histogram]:
+    session: Session,
+    samples: Sequence[Sample],
+    wanted: Mapping[str, nn.Linear],
+    progress: Callable[[str], None] = lambda _: None,
+    divisors: Mapping[str, Array] | None = None,
+    rows: int = 0,
+) -> Seen:
     """Answer every sample and remember what the linears got.
 
     Args:
@@ -27,15 +59,18 @@ def observe(
         samples: what to answer; one token each, so that the prompt's rows are those that count.
         wanted: name → linear.
         progress: called with one line per sample.
+        divisors: name → `[K]`, which a linear's input is divided by before it is looked at.
+        rows: of every input that are kept.
 
     Returns:
-        Name → what its input was; rows of padding do not count. A linear that did not run has no entry.
+        What the inputs were. Rows of padding do not count, nor what a compress graph runs besides: its products are not quantized. A
+        linear that did not run has no entry.
 
     Raises:
         RecipeError: a sample does not fit the bundle, or an input is not finite; names the sample.
     """
-    found: dict[str, Histogram] = {}
-    with observed(wanted, found):
+    found = Seen()
+    with observed(wanted, found, divisors or {}, rows):
         for number, sample in enumerate(samples, 1):
             progress(f"calibrate {number}/{len(samples)}")
             try:
@@ -46,19 +81,33 @@ def observe(
 
 
 @contextmanager
-def observed(wanted: Mapping[str, nn.Linear], found: dict[str, Histogram]) -> Iterator[None]:
+def observed(wanted: Mapping[str, nn.Linear], found: Seen, divisors: Mapping[str, Array], keep: int = 0) -> Iterator[None]:
     """While active, add the inputs of linears to `found`."""
+    last: list[tuple[Tensor, str]] = []  # the input that was looked at last, held so that no other tensor takes its place in memory
 
     def look(name: str, _: nn.Module, given: tuple[Any, ...]) -> None:
+        if running_kind() in ("compress", "tower"):
+            return
         rows: Tensor = given[0]
+        if last and last[0][0] is rows:
+            leader = last[0][1]
+            found.inputs.setdefault(name, found.inputs[leader])
+            if keep:
+                found.rows.setdefault(name, found.rows[leader])
+            return
+        last[:] = [(rows, name)]
         valid = running_rows()
         if valid is not None and rows.shape[:2] == valid.shape:
             rows = rows[valid]
         flat = rows.reshape(-1, rows.shape[-1]).float().numpy()
+        if name in divisors:
+            flat = flat / divisors[name]
         try:
-            found.setdefault(name, Histogram(flat.shape[1])).add(flat)
+            found.inputs.setdefault(name, Histogram(flat.shape[1])).add(flat)
         except ValueError as error:
             raise ValueError(f"the input of '{name}': {error}") from error
+        if keep:
+            found.rows.setdefault(name, RowSample(keep, flat.shape[1])).add(flat)
 
     handles = [linear.register_forward_pre_hook(lambda m, given, n=name: look(n, m, given)) for name, linear in wanted.items()]
     try:

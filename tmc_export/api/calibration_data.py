@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from tmc_export.core.errors import RecipeError
+from tmc_export.recipe import Recipe
 
-__all__ = ["Sample", "digest_of", "read_samples"]
+__all__ = ["Sample", "digest_of", "read_samples", "samples_of"]
 
 _PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 
@@ -67,8 +68,27 @@ def read_samples(prompts: Path, images: Path | None, count: int, pictures: int) 
     return found
 
 
+def samples_of(recipe: Recipe) -> list[Sample]:
+    """Read the questions and pictures that a recipe is calibrated on; none where nothing needs them.
+
+    Raises:
+        RecipeError: they cannot be read.
+    """
+    given = recipe.quantize.calibration
+    if given is None:
+        return []
+    images = None if given.images is None else _place(recipe, given.images)
+    return read_samples(_place(recipe, given.prompts), images, given.samples, recipe.inputs.images)
+
+
+def _place(recipe: Recipe, written: str) -> Path:
+    return (recipe.folder / Path(written).expanduser()).resolve()
+
+
 def digest_of(samples: Sequence[Sample]) -> str:
-    """sha256 of what the samples say and show, in order."""
+    """sha256 of what the samples say and show, in order; "" of none."""
+    if not samples:
+        return ""
     total = hashlib.sha256()
     for sample in samples:
         total.update(hashlib.sha256(sample.prompt.encode()).digest())

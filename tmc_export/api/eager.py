@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tmc_export.api._schemes import GraphKind
 from tmc_export.core.errors import ExportError
 from tmc_export.export.materialize import WeightCache, materialized
 from tmc_export.runtime._backend import Held, Outputs
@@ -26,23 +27,28 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-__all__ = ["EagerBackend", "Runnable", "parameter_names", "running_rows"]
+__all__ = ["EagerBackend", "Runnable", "parameter_names", "running_kind", "running_rows"]
 
-_ROWS: ContextVar[Tensor | None] = ContextVar("tmc_running_rows", default=None)
+_RUNNING: ContextVar[tuple[GraphKind | None, Tensor | None]] = ContextVar("tmc_running", default=(None, None))
+
+
+def running_kind() -> GraphKind | None:
+    """What the subgraph that runs holds."""
+    return _RUNNING.get()[0]
 
 
 def running_rows() -> Tensor | None:
     """Which rows of the block that runs are tokens, `[b, T]` bool; None where every row is one."""
-    return _ROWS.get()
+    return _RUNNING.get()[1]
 
 
 @contextmanager
-def _rows(valid: Tensor | None) -> Iterator[None]:
-    token = _ROWS.set(valid)
+def _running(kind: GraphKind | None, valid: Tensor | None) -> Iterator[None]:
+    token = _RUNNING.set((kind, valid))
     try:
         yield
     finally:
-        _ROWS.reset(token)
+        _RUNNING.reset(token)
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ class Runnable:
         examples: an input each; shapes and dtypes count.
         symbols: per input, axis → name of its symbolic dimension.
         outputs: names, in the order of what `forward` returns.
+        kind: of the graph that is traced from it.
     """
 
     module: nn.Module
@@ -62,6 +69,7 @@ class Runnable:
     examples: tuple[Tensor, ...]
     symbols: tuple[Mapping[int, str] | None, ...]
     outputs: tuple[str, ...]
+    kind: GraphKind | None = None
 
 
 class EagerGraph:
@@ -79,7 +87,7 @@ class EagerGraph:
         """
         given = [self._input(i, feed) for i in range(len(self._runnable.inputs))]
         valid = given[self.inputs.index("valid")] if "valid" in self.inputs else None
-        with self._weights(self._runnable.module), _rows(valid), torch.no_grad():
+        with self._weights(self._runnable.module), _running(self._runnable.kind, valid), torch.no_grad():
             found = self._runnable.module(*given)
         values = found if isinstance(found, tuple) else (found,)
         return {name: _array(value) for name, value in zip(self._runnable.outputs, values, strict=True)}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tmc_export.api.eager import EagerBackend, parameter_names
 from tmc_export.api.exporter import Exporter, learned_sources
@@ -20,7 +20,26 @@ from tmc_export.export.materialize import WeightCache
 from tmc_export.families._contract import ModelFiles
 from tmc_export.plan.types import Plan
 
-__all__ = ["eager_program"]
+__all__ = ["EagerProgram", "eager_program"]
+
+
+@dataclass(frozen=True)
+class EagerProgram:
+    """A plan's subgraphs as modules that run.
+
+    Attributes:
+        program: which runs when.
+        backend: runs them.
+        linears: the model's linears but for its output head, by their weight's name in the checkpoint.
+        layers: names of those in the decoder's layers.
+        weight: name → float32 weight `[out, in]`.
+    """
+
+    program: Program
+    backend: EagerBackend
+    linears: Mapping[str, nn.Linear]
+    layers: frozenset[str]
+    weight: Callable[[str], Tensor]
 
 
 def eager_program(
@@ -31,7 +50,7 @@ def eager_program(
     fit: str | None,
     towers: Mapping[str, Path] = MappingProxyType({}),
     budget: int = 2 << 30,
-) -> tuple[Program, EagerBackend, Mapping[str, nn.Linear]]:
+) -> EagerProgram:
     """Trace a plan's subgraphs in float32, unquantized, and write nothing.
 
     Args:
@@ -42,9 +61,6 @@ def eager_program(
         fit: the recipe's picture rule, or None for the family's own.
         towers: folders of the text towers with their weights, by source.
         budget: bytes of weights that may stay in memory between two uses.
-
-    Returns:
-        The program, a backend that runs its subgraphs eagerly, and the model's linears by their weight's name in the checkpoint.
 
     Raises:
         ModelError: weights are missing or damaged.
@@ -60,8 +76,13 @@ def eager_program(
     weights = dict.fromkeys(work.runnables, (names, cache))
     weights |= {file: (parameter_names(whole), WeightCache(source, torch.float32, budget)) for file, (whole, source) in work.towers.items()}
     backend = EagerBackend(work.runnables, weights)
-    found = {work.checkpoint.identity(names[id(m.weight)]): m for m in work.model.modules() if isinstance(m, nn.Linear)}
-    return program, backend, found
+    linears = {work.checkpoint.identity(names[id(m.weight)]): m for m in _linears(work.model) if m is not work.parts.head}
+    layers = frozenset(work.checkpoint.identity(names[id(m.weight)]) for m in _linears(work.parts.layers))
+    return EagerProgram(program, backend, linears, layers, lambda name: cache.read(names[id(linears[name].weight)]))
+
+
+def _linears(model: nn.Module) -> list[nn.Linear]:
+    return [m for m in model.modules() if isinstance(m, nn.Linear)]
 
 
 def _fill_learned(module: nn.Module) -> None:

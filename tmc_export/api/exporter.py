@@ -36,6 +36,7 @@ from tmc_export.passes.pipeline import clean, finish, specialize
 from tmc_export.plan.states import entering, leaving_cut, leaving_vision
 from tmc_export.plan.towers import asked_towers
 from tmc_export.plan.types import BlockPlan, CutPlan, Plan, TowerPlan, VisionPlan
+from tmc_export.quantize.calibrated import Calibrated
 from tmc_export.surgery._states import Handed, StateBook
 from tmc_export.surgery.attention import register_attention
 from tmc_export.surgery.block import DecoderBlock
@@ -57,6 +58,7 @@ class Exporter:
 
     Args:
         plan, files, folder, config, out, fit, opset, progress: as `export_subgraphs` takes them.
+        found: what calibration found, where a scheme needs data.
         write: False traces and writes nothing.
 
     Attributes:
@@ -74,6 +76,7 @@ class Exporter:
         fit: str | None,
         opset: int,
         progress: Progress,
+        found: Calibrated | None = None,
         write: bool = True,
     ) -> None:
         self.write = write
@@ -90,7 +93,7 @@ class Exporter:
         if write:
             self.onnx.mkdir(parents=True, exist_ok=True)
         self.store = WeightStore(self.onnx)
-        self.schemes = PartSchemes(plan, self.model, self.checkpoint, self.parts)
+        self.schemes = PartSchemes(plan, self.model, self.checkpoint, self.parts, found or Calibrated())
         self.profiles: list[dict[str, Any]] = []
         self.handed: dict[int, list[Handed]] = {}  # recipe entry -> what its last stage so far left for another graph
 
@@ -125,7 +128,7 @@ class Exporter:
         self, model: ir.Model, name: str, sizes: dict[str, int], kind: GraphKind, data: str, append: bool = False, fuse: bool = False
     ) -> str:
         file = f"onnx/{name}.onnx"
-        self.runnables[file] = self._traced
+        self.runnables[file] = replace(self._traced, kind=kind)
         if not self.write:
             return file
         static = specialize(model, sizes, name, append=append, causal=kind == "block" and not append)
@@ -265,7 +268,7 @@ class Exporter:
         self.engines.mkdir(exist_ok=True)
         symbolic = model.clone()
         symbolic.graph.name = name
-        self.schemes.apply(symbolic, "block")
+        self.schemes.apply(symbolic, "block", engine=True)
         finish(symbolic, static=False)
         self.store.externalize(symbolic, f"{name}.data")
         for value in symbolic.graph.initializers.values():

@@ -12,6 +12,7 @@ from tmc_export.api.exporter import Exporter, Progress
 from tmc_export.bundle.program import Program
 from tmc_export.families._contract import ModelFiles
 from tmc_export.plan.types import Plan
+from tmc_export.quantize.calibrated import Calibrated
 
 __all__ = ["Exported", "export_subgraphs", "program_of"]
 
@@ -34,6 +35,7 @@ def export_subgraphs(
     opset: int,
     progress: Progress,
     towers: Mapping[str, Path] = MappingProxyType({}),
+    found: Calibrated | None = None,
 ) -> Exported:
     """Export every subgraph of a plan.
 
@@ -47,12 +49,13 @@ def export_subgraphs(
         opset: ONNX opset of the graphs.
         progress: called with the name of each subgraph before it is made.
         towers: folders of the text towers with their weights, by source.
+        found: what calibration found, where a scheme needs data.
 
     Raises:
         ModelError: weights are missing or damaged.
         ExportError: a part cannot be lowered.
     """
-    work = Exporter(plan, files, folder, config, out, fit, opset, progress)
+    work = Exporter(plan, files, folder, config, out, fit, opset, progress, found)
     return Exported(program_of(work, towers), work.profiles)
 
 

@@ -33,6 +33,7 @@ class Manifest(BaseModel):
         checkpoint: file → sha256 of the model's files that went in.
         weights: file of learned method weights, as the recipe writes it → its sha256.
         towers: text tower, as the recipe writes it → file → sha256.
+        calibration: what schemes were found on: how many samples, and the sha256 of their texts and pictures; None without.
         versions: tool → version.
         program: what the runtime follows.
         proofs: rung → "passed", "failed" or "not run: …".
@@ -50,14 +51,20 @@ class Manifest(BaseModel):
     checkpoint: dict[str, str]
     weights: dict[str, str] = Field(default_factory=dict)
     towers: dict[str, dict[str, str]] = Field(default_factory=dict)
+    calibration: dict[str, int | str] | None = None
     versions: dict[str, str]
     program: Program
     proofs: dict[str, str] = Field(default_factory=dict)
     files: dict[str, FileEntry] = Field(default_factory=dict)
 
     @property
+    def codes(self) -> frozenset[tuple[str, str | None]]:
+        """Per part of the recorded plan: its weight scheme, and that of its activations or None."""
+        quantize = self.plan.get("quantize")
+        parts = [p for p in quantize.values() if isinstance(p, dict) and "weights" in p] if isinstance(quantize, dict) else []
+        return frozenset((str(p["weights"]), None if p.get("activations") is None else str(p["activations"])) for p in parts)
+
+    @property
     def schemes(self) -> frozenset[str]:
         """The weight schemes of the recorded plan."""
-        quantize = self.plan.get("quantize")
-        parts = quantize.values() if isinstance(quantize, dict) else ()
-        return frozenset(str(part["weights"]) for part in parts if isinstance(part, dict) and "weights" in part)
+        return frozenset(weights for weights, _ in self.codes)

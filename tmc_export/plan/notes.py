@@ -68,7 +68,8 @@ def _on_device(recipe: Recipe, plan: Plan, device: Device, room: Room | None) ->
     if any(scheme.weights == "int4" and scheme.block == 32 for scheme in plan.quantize.values()):
         found.append("int4 in blocks of 32: NVIDIA's documents of TensorRT name 64 and 128; not run on a board")
     for name, parts in _by_scheme(plan).items():
-        if OPSETS.get(name, 0) > safe or name in _AS_WEIGHTS:
+        alone = any(plan.quantize[part].activations is None for part in parts)
+        if OPSETS.get(name, 0) > safe or (alone and name in _AS_WEIGHTS):
             found.append(f"{name} on TensorRT {version}: not run; {_fallback(recipe, plan, room, parts)}")
     return found
 

@@ -7,11 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from tmc_export.core.errors import LegalityError
 from tmc_export.recipe import PARTS, Device, QuantizePart, Recipe
 
-__all__ = ["LEAST_CAPABILITY", "NOT_BUILT", "ON_ONNXRUNTIME", "check_built", "check_calibration", "check_capability", "check_precisions"]
+__all__ = [
+    "LEAST_CAPABILITY",
+    "NOT_BUILT",
+    "ON_ONNXRUNTIME",
+    "check_built",
+    "check_calibration",
+    "check_capability",
+    "check_precisions",
+    "needs_calibration",
+]
 
 LEAST_CAPABILITY = {
     "float32": "8.0", "float16": "7.5", "bfloat16": "8.0", "fp16": "7.5", "bf16": "8.0", "int8": "7.5", "int4": "8.0", "fp8": "8.9",
@@ -30,6 +40,17 @@ ON_ONNXRUNTIME = ("fp16", "bf16", "int8", "int4", "fp8")
 _DEVICE_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "nvfp4": "fp4"}
 
 
+class _Scheme(Protocol):
+    """A part's scheme, of a recipe or of a plan."""
+
+    @property
+    def weights(self) -> str: ...
+    @property
+    def activations(self) -> str | None: ...
+    @property
+    def algorithm(self) -> str: ...
+
+
 @dataclass(frozen=True)
 class _NotBuilt:
     """One thing that a recipe may write and `build` cannot do yet: its key, when it is meant, and what to say."""
@@ -40,8 +61,8 @@ class _NotBuilt:
 
 
 NOT_BUILT = (
-    _NotBuilt("activations", lambda _, s: s.activations is not None, "{value} activations are not built yet; remove it: weight-only"),
-    _NotBuilt("algorithm", lambda _, s: s.algorithm != "rtn", "{value} is not built yet; write rtn, which needs no data"),
+    _NotBuilt("activations", lambda _, s: s.activations == "nvfp4", "{value} activations are not built yet; remove it: weight-only"),
+    _NotBuilt("algorithm", lambda _, s: s.algorithm == "gptq", "{value} is not built yet; write awq, or rtn, which needs no data"),
     _NotBuilt("weights", lambda part, s: part == "kv" and s.weights != "fp16", "{value} slots are not built yet; write weights: fp16"),
 )  # fmt: skip
 """What is refused because it is not built. Whoever builds it takes its line out."""
@@ -67,7 +88,7 @@ def check_built(recipe: Recipe) -> None:
                 raise LegalityError(f"{place}: quantize.{part}.{missing.key}: {missing.says.format(value=value)}")
 
 
-def needs_calibration(part: str, scheme: QuantizePart) -> str | None:
+def needs_calibration(part: str, scheme: _Scheme) -> str | None:
     """Return the key of a part's scheme that is found on data; None when its weights are all it needs."""
     if scheme.activations is not None:
         return "activations"
@@ -96,6 +117,12 @@ def check_calibration(recipe: Recipe) -> None:
             f"{place}: quantize.calibration has nothing to calibrate: no part has activations, algorithm: awq or gptq, or an int8 or "
             "fp8 KV; remove it"
         )
+    for part, _, scheme in asking:
+        if scheme.activations == "fp8" and given.observer in ("entropy", "mse"):
+            raise LegalityError(
+                f"{recipe.origin(('quantize', 'calibration', 'observer'))}: observer: {given.observer} reckons with equal steps, and the "
+                f"fp8 activations of quantize.{part} have none; write minmax or percentile"
+            )
     if recipe.inputs.images and given.images is None:
         raise LegalityError(f"{place}: quantize.calibration lacks images, and inputs.images is {recipe.inputs.images}; add images: FOLDER")
     if not recipe.inputs.images and given.images is not None:

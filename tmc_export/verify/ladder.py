@@ -27,7 +27,7 @@ from tmc_export.verify.play import play
 from tmc_export.verify.recorded import Case, read_cases
 from tmc_export.verify.rungs import Ladder, Rung, not_run, rung_of
 from tmc_export.verify.saved import check_identity, judge_saved, read_outputs
-from tmc_export.verify.tolerances import Precision, coarsest, tolerance
+from tmc_export.verify.tolerances import Precision, coarsest, grade, tolerance
 
 __all__ = ["RUNGS", "climb", "precision_of_manifest", "recorded_ladder", "saved_ladder", "traced_cases"]
 
@@ -116,7 +116,8 @@ def saved_ladder(bundle: Path, outputs: Path, progress: Progress = lambda _: Non
 
 def precision_of_manifest(manifest: Manifest) -> Precision:
     """Return the row of the tolerance tables; as `precision_of`, from the recorded plan."""
-    return coarsest(manifest.schemes, str(manifest.plan.get("dtype")))
+    grades = {grade(weights, activations) for weights, activations in manifest.codes}
+    return coarsest(grades, str(manifest.plan.get("dtype")))
 
 
 def _foreign(manifest: Manifest) -> str | None:

@@ -15,9 +15,20 @@ from tmc_export.core.errors import ParityError
 if TYPE_CHECKING:
     from tmc_export.plan.types import Plan
 
-__all__ = ["FLOAT16_MAX", "MARGINS", "TOLERANCES", "Precision", "Tolerance", "coarsest", "margin_bound", "precision_of", "tolerance"]
+__all__ = [
+    "FLOAT16_MAX",
+    "MARGINS",
+    "TOLERANCES",
+    "Precision",
+    "Tolerance",
+    "coarsest",
+    "grade",
+    "margin_bound",
+    "precision_of",
+    "tolerance",
+]
 
-Precision = Literal["float32", "float16", "bf16", "int8", "fp8", "int4", "nvfp4"]
+Precision = Literal["float32", "float16", "bf16", "int8", "int8 w8a8", "fp8", "fp8 w8a8", "int4", "nvfp4"]
 
 FLOAT16_MAX = 65504.0
 """The largest float16; a tensor above it overflows, one above half of it leaves no room for another input."""
@@ -89,6 +100,22 @@ TOLERANCES: Mapping[tuple[str, str], Tolerance] = {
         rtol=0.6, atol=1e-2, sqnr_db=10, kl=1.0, same_tokens=False,
         reason="the same through all layers; the bound finds a broken graph, what fp8 costs is measured on a task",
     ),
+    ("subgraph", "int8 w8a8"): Tolerance(
+        rtol=0.3, atol=1e-2, sqnr_db=12, kl=1.0, same_tokens=False,
+        reason="inputs of products have one step of max / 127 for all channels: where one is large the others keep few bits",
+    ),
+    ("end_to_end", "int8 w8a8"): Tolerance(
+        rtol=0.6, atol=1e-2, sqnr_db=6, kl=2.0, same_tokens=False,
+        reason="the same through all layers; the bound finds a broken graph, what it costs is measured on a task",
+    ),
+    ("subgraph", "fp8 w8a8"): Tolerance(
+        rtol=0.4, atol=1e-2, sqnr_db=12, kl=1.0, same_tokens=False,
+        reason="4 significant bits of weights and of inputs: about 28 dB a linear, less over several layers",
+    ),
+    ("end_to_end", "fp8 w8a8"): Tolerance(
+        rtol=0.8, atol=1e-2, sqnr_db=6, kl=2.0, same_tokens=False,
+        reason="the same through all layers; the bound finds a broken graph, what it costs is measured on a task",
+    ),
     ("subgraph", "nvfp4"): Tolerance(
         rtol=0.5, atol=1e-2, sqnr_db=12, kl=1.0, same_tokens=False,
         reason="2 significant bits in blocks of 16: about 21 dB a linear with Gaussian weights, less over several layers",
@@ -112,19 +139,30 @@ MARGINS: Mapping[str, tuple[float, str]] = {
     "float16": (1e-2, "scores are float32, but the hidden states they come from carry float16's subgraph rtol"),
     "bf16": (2e-2, "hidden states carry a few times the rounding of weights to 8 bits, 2^-9 of each"),
     "int8": (3e-2, "weights differ by their quantization step of max / 127; only choices that are clear beside it are compared"),
+    "int8 w8a8": (1e-1, "hidden states carry the steps of every product's input; only choices that are clear beside them are compared"),
     "fp8": (5e-2, "weights differ by up to 2^-4 of each; only choices that are clear beside it are compared"),
+    "fp8 w8a8": (1e-1, "weights and inputs differ by up to 2^-4 of each; only choices that are clear beside it are compared"),
     "nvfp4": (1e-1, "weights differ by their quantization step; other tokens may rightly be kept, so only clear choices are compared"),
     "int4": (1e-1, "weights differ by their quantization step; other tokens may rightly be kept, so only clear choices are compared"),
 }
 
 
-_COARSE: tuple[Precision, ...] = ("int4", "nvfp4", "fp8", "int8", "bf16")
-"""From few bits to many; a linear with Gaussian weights keeps some 20, 21, 32, 42 and 56 dB."""
+_COARSE: tuple[Precision, ...] = ("int4", "nvfp4", "int8 w8a8", "fp8 w8a8", "fp8", "int8", "bf16")
+"""From few bits to many; a linear with Gaussian weights keeps some 20 and 21 dB, 28 of both w8a8, 32, 42 and 56."""
+
+
+def grade(weights: str, activations: str | None) -> str:
+    """Name a part's scheme as the tables do.
+
+    >>> grade("int8", "int8"), grade("int4", None)
+    ('int8 w8a8', 'int4')
+    """
+    return weights if activations is None else f"{weights} w8a8"
 
 
 def precision_of(plan: Plan) -> Precision:
     """Return the row of the tables that a plan's weights belong to: the coarsest scheme of its parts."""
-    return coarsest({scheme.weights for scheme in plan.quantize.values()}, plan.dtype)
+    return coarsest({grade(scheme.weights, scheme.activations) for scheme in plan.quantize.values()}, plan.dtype)
 
 
 def coarsest(schemes: Collection[str], dtype: str) -> Precision:

@@ -1,0 +1,221 @@
+"""Schemes that are found on data, from recipe to bundle: against Hugging Face's model with its linears rounded by what is written here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
+from tests.families._small import save_small_llava  # noqa: E402
+from tmc_export.api import calibrate as module  # noqa: E402
+from tmc_export.api.bundling import build_bundle  # noqa: E402
+from tmc_export.api.calibrate import calibrate  # noqa: E402
+from tmc_export.bundle.read import open_manifest  # noqa: E402
+from tmc_export.core.errors import RecipeError  # noqa: E402
+from tmc_export.quantize.calibrated import Calibrated  # noqa: E402
+from tmc_export.quantize.int4 import dequantize_blocks, quantize_blocks  # noqa: E402
+from tmc_export.runtime.session import Session, load  # noqa: E402
+
+RECIPE = """recipe: 1
+name: calibrated
+model: {{source: ./model, dtype: {dtype}}}
+inputs: {{images: 1, text_tokens: 32, new_tokens: 8, chunk: 8}}
+compress: [{entries}]
+quantize: {{{parts}, calibration: {{images: pictures, prompts: prompts.jsonl{more}}}}}
+target: {{device: cpu, runtime: onnxruntime}}
+"""
+EIGHT = "weights: int8, activations: int8"
+W8A8 = f"encoder: {{{EIGHT}}}, projector: {{{EIGHT}}}, decoder: {{{EIGHT}"
+KEPT = "layers.1.mlp.down_proj"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("calibrated")
+    save_small_llava(folder / "model", "llama", layers=2, vision_layers=2, hidden=64, image_size=42)
+    (folder / "pictures").mkdir()
+    for number in range(3):
+        pixels = np.random.default_rng(number).integers(0, 255, (42, 42, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / "pictures" / f"{number}.png")
+    lines = [{"prompt": text} for text in ("what is it", "the one on the left", "a thing of the other", "in it")]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    return folder
+
+
+def written(home: Path, name: str, parts: str, entries: str = "", dtype: str = "float32", more: str = "") -> Path:
+    path = home / f"{name}.yaml"
+    path.write_text(RECIPE.format(parts=parts, entries=entries, dtype=dtype, more=more), "utf-8")
+    return path
+
+
+@dataclass(frozen=True)
+class Built:
+    folder: Path
+    found: Calibrated
+
+
+@pytest.fixture(scope="module")
+def build(home: Path) -> Callable[..., Built]:
+    """`build(name, parts)` → the bundle, and what its calibration found."""
+    made: dict[str, Built] = {}
+
+    def make(name: str, parts: str, **other: Any) -> Built:
+        if name not in made:
+            found: list[Calibrated] = []
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(module, "calibrate", lambda *given: (found.append(calibrate(*given)), found[0])[1])
+                path = written(home, name, parts, **other)
+                made[name] = Built(build_bundle(path, home / name, record=False, engines=False).folder, found[0])
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def exact(home: Path) -> Path:
+    path = home / "exact.yaml"
+    text = RECIPE.format(parts="X", entries="", dtype="float32", more="")
+    path.write_text("\n".join(line for line in text.splitlines() if not line.startswith("quantize")) + "\n", "utf-8")
+    return build_bundle(path, home / "exact", record=False, engines=False).folder
+
+
+def eight(x: torch.Tensor, step: torch.Tensor | float) -> torch.Tensor:
+    return (x / step).round().clamp(-128, 127) * step
+
+
+def theirs(home: Path, session: Session, prompt: Any, calibrated: Calibrated, factor: float = 1.0) -> np.ndarray:
+    """Logits of Hugging Face's model with inputs and weights of its linears rounded to 8 bits."""
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(home / "model", dtype=torch.float32).eval()
+    changed = set()
+    for name, part in model.named_modules():
+        same = [n for n in calibrated.clips if isinstance(part, nn.Linear) and key(n) == key(f"{name}.weight")]
+        if not same:
+            continue
+        changed.add(same[0])
+        divisor = torch.from_numpy(calibrated.divisors[same[0]]) if same[0] in calibrated.divisors else torch.ones(part.in_features)
+        weight = part.weight.data * divisor
+        step = weight.abs().amax(1, keepdim=True) / 127
+        part.weight.data = (weight / step).round().clamp(-127, 127) * step
+        clip = calibrated.clips[same[0]] * factor
+        part.register_forward_pre_hook(lambda _, given, d=divisor, s=clip / 127: (eight(given[0] / d, s),))
+    assert changed == calibrated.clips.keys() and len(changed) > 20
+    patch = next(m for m in model.modules() if isinstance(m, nn.Conv2d))  # int8 stores it, and no input of it is rounded
+    step = patch.weight.data.abs().amax((1, 2, 3), keepdim=True) / 127
+    patch.weight.data = (patch.weight.data / step).round() * step
+    return logits(model, prompt)
+
+
+def logits(model: Any, prompt: Any) -> np.ndarray:
+    with torch.no_grad():
+        out = model(input_ids=torch.from_numpy(prompt.ids)[None], pixel_values=torch.from_numpy(prompt.pixels[0][1]), logits_to_keep=1)
+    return out.logits[0, -1].numpy()
+
+
+def key(name: str) -> str:
+    """A weight's name without what old and new layouts put before it."""
+    words = name.split(".")
+    return ".".join(w for w in words if w not in ("model", "language_model", "vision_tower", "vision_model"))
+
+
+def asked(home: Path, bundle: Path, int4_accuracy: int = 4) -> tuple[Session, Any, np.ndarray]:
+    session = load(bundle, threads=1, int4_accuracy=int4_accuracy)
+    prompt = session.prompt([5, 6, session.program.image_token, 7, 9, 11], session.encode_images([str(home / "pictures" / "1.png")]))
+    return session, prompt, session.run_prompt(prompt).logits.reshape(-1)
+
+
+def sqnr(got: np.ndarray, want: np.ndarray) -> float:
+    return float(10 * np.log10(np.square(want, dtype=np.float64).sum() / np.square(got - want, dtype=np.float64).sum()))
+
+
+@pytest.mark.parametrize("smooth", ["", ", smooth: 0.5"])
+def test_w8a8_is_hugging_face_s_model_with_rounded_linears(smooth: str, home: Path, build: Callable[..., Built], exact: Path) -> None:
+    bundle = build("smooth" if smooth else "plain", W8A8 + smooth + f", keep: [{KEPT}]}}")
+    calibrated = bundle.found
+    assert not any(KEPT in n for n in calibrated.clips) and bool(calibrated.divisors) == bool(smooth)
+    session, prompt, got = asked(home, bundle.folder)
+    want, plain = theirs(home, session, prompt, calibrated), asked(home, exact)[2]
+    assert sqnr(got, want) > 20 + sqnr(got, plain), (sqnr(got, want), sqnr(got, plain))
+    assert sqnr(got, theirs(home, session, prompt, calibrated, factor=1.3)) < sqnr(got, want) - 15  # the negative twin
+
+
+def test_products_are_joined_and_onnxruntime_multiplies_codes(build: Callable[..., Built], tmp_path: Path) -> None:
+    from tests.quantize._reading import fused
+
+    bundle = build("plain", W8A8 + f", keep: [{KEPT}]}}").folder
+    for phase in ("prefill", "chunk", "decode"):
+        nodes = [n.op_type for n in fused(bundle / "onnx" / f"block_0_{phase}.onnx", tmp_path / f"{phase}.onnx", 1)]
+        assert nodes.count("MatMulIntegerToFloat") == 5 + 4  # two layers: query with key and value, o, gate, up, down; one is kept
+    symbolic = ir.load(bundle / "engines" / "block_0.onnx")
+    points = [n.inputs[2].const_value for n in symbolic.graph if n.op_type == "QuantizeLinear"]
+    assert points and all(t.dtype == ir.DataType.INT8 and not t.numpy().any() for t in points)  # TensorRT takes no other zero
+
+
+def test_awq_s_weights_are_those_of_its_equation(home: Path, build: Callable[..., Built]) -> None:
+    bundle = build("awq", "decoder: {weights: int4, block: 32, algorithm: awq}")
+    calibrated = bundle.found
+    assert calibrated.divisors and not calibrated.clips
+    session, prompt, got = asked(home, bundle.folder, int4_accuracy=1)
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(home / "model", dtype=torch.float32).eval()
+    plain = logits(model, prompt)
+    for name, part in model.named_modules():
+        for same in (n for n in calibrated.divisors if isinstance(part, nn.Linear) and key(n) == key(f"{name}.weight")):
+            divisor = calibrated.divisors[same]
+            codes, scales = quantize_blocks(np.ascontiguousarray(part.weight.data.numpy().T) * divisor[:, None], 32)
+            part.weight.data = torch.from_numpy((dequantize_blocks(codes, scales) / divisor[:, None]).T.copy())
+    assert sqnr(got, logits(model, prompt)) > 80 > 40 > sqnr(got, plain)
+
+
+def test_the_selection_is_in_the_loop(build: Callable[..., Built]) -> None:
+    """Behind a cut the ranges are those of the rows that are left: they change with the cut, and the rows before it do not."""
+    parts = f"decoder: {{{EIGHT}}}"
+    whole, cut = build("whole", parts).found, build("cut", parts, entries="{at: decoder.1, method: fastv, keep: 2}").found
+    before = [n for n in whole.clips if "layers.0." in n]
+    behind = [n for n in whole.clips if "layers.1." in n]
+    assert len(before) == len(behind) == 7 and all(whole.clips[n] == pytest.approx(cut.clips[n], rel=1e-5) for n in before)
+    assert any(whole.clips[n] > 1.01 * cut.clips[n] for n in behind) and all(whole.clips[n] > 0.999 * cut.clips[n] for n in behind)
+
+
+def test_the_manifest_says_what_data_it_was_and_other_data_is_another_bundle(home: Path) -> None:
+    parts = f"decoder: {{{EIGHT}}}"
+    path = written(home, "data", parts, more=", samples: 2")
+    first = build_bundle(path, home / "data", record=False, engines=False)
+    assert first.manifest.calibration == {"samples": 2, "sha256": first.manifest.calibration["sha256"]}
+    assert open_manifest(home / "data").calibration == first.manifest.calibration
+    assert build_bundle(path, home / "data", record=False, engines=False).cached
+    prompts = (home / "prompts.jsonl").read_text("utf-8")
+    try:
+        (home / "prompts.jsonl").write_text(prompts.replace("what is it", "what is there"), "utf-8")
+        again = build_bundle(path, home / "data", record=False, engines=False)
+    finally:
+        (home / "prompts.jsonl").write_text(prompts, "utf-8")
+    assert not again.cached and again.manifest.calibration != first.manifest.calibration
+
+
+def test_a_linear_that_no_sample_reaches_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(home, "unreached", f"decoder: {{{EIGHT}}}")
+    monkeypatch.setattr("tmc_export.api.calibrate._clips", lambda *_: {})
+    with pytest.raises(RecipeError, match=r"no sample reached '.*layers\.0.*'.* give samples"):
+        build_bundle(path, home / "unreached", record=False, engines=False)
+    assert not (home / "unreached").exists()
+
+
+def test_data_that_is_not_there_stops_the_build_before_anything_is_made(home: Path) -> None:
+    path = written(home, "nowhere", f"decoder: {{{EIGHT}}}")
+    path.write_text(path.read_text("utf-8").replace("prompts.jsonl", "gone.jsonl"), "utf-8")
+    with pytest.raises(RecipeError, match=r"quantize\.calibration\.prompts: cannot read .*gone\.jsonl"):
+        build_bundle(path, home / "nowhere", record=False, engines=False)
+    assert not (home / "nowhere").exists()
