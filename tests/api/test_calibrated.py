@@ -25,6 +25,7 @@ from tmc_export.api.calibrate import calibrate  # noqa: E402
 from tmc_export.bundle.read import open_manifest  # noqa: E402
 from tmc_export.core.errors import RecipeError  # noqa: E402
 from tmc_export.quantize.calibrated import Calibrated  # noqa: E402
+from tmc_export.quantize.gptq import gptq_blocks  # noqa: E402
 from tmc_export.quantize.int4 import dequantize_blocks, quantize_blocks  # noqa: E402
 from tmc_export.runtime.session import Session, load  # noqa: E402
 
@@ -131,7 +132,7 @@ def key(name: str) -> str:
     return ".".join(w for w in words if w not in ("model", "language_model", "vision_tower", "vision_model"))
 
 
-def asked(home: Path, bundle: Path, int4_accuracy: int = 4) -> tuple[Session, Any, np.ndarray]:
+def asked_of(home: Path, bundle: Path, int4_accuracy: int = 4) -> tuple[Session, Any, np.ndarray]:
     session = load(bundle, threads=1, int4_accuracy=int4_accuracy)
     prompt = session.prompt([5, 6, session.program.image_token, 7, 9, 11], session.encode_images([str(home / "pictures" / "1.png")]))
     return session, prompt, session.run_prompt(prompt).logits.reshape(-1)
@@ -146,8 +147,8 @@ def test_w8a8_is_hugging_face_s_model_with_rounded_linears(smooth: str, home: Pa
     bundle = build("smooth" if smooth else "plain", W8A8 + smooth + f", keep: [{KEPT}]}}")
     calibrated = bundle.found
     assert not any(KEPT in n for n in calibrated.clips) and bool(calibrated.divisors) == bool(smooth)
-    session, prompt, got = asked(home, bundle.folder)
-    want, plain = theirs(home, session, prompt, calibrated), asked(home, exact)[2]
+    session, prompt, got = asked_of(home, bundle.folder)
+    want, plain = theirs(home, session, prompt, calibrated), asked_of(home, exact)[2]
     assert sqnr(got, want) > 20 + sqnr(got, plain), (sqnr(got, want), sqnr(got, plain))
     assert sqnr(got, theirs(home, session, prompt, calibrated, factor=1.3)) < sqnr(got, want) - 15  # the negative twin
 
@@ -168,7 +169,7 @@ def test_awq_s_weights_are_those_of_its_equation(home: Path, build: Callable[...
     bundle = build("awq", "decoder: {weights: int4, block: 32, algorithm: awq}")
     calibrated = bundle.found
     assert calibrated.divisors and not calibrated.clips
-    session, prompt, got = asked(home, bundle.folder, int4_accuracy=1)
+    session, prompt, got = asked_of(home, bundle.folder, int4_accuracy=1)
     model = transformers.LlavaForConditionalGeneration.from_pretrained(home / "model", dtype=torch.float32).eval()
     plain = logits(model, prompt)
     for name, part in model.named_modules():
@@ -177,6 +178,39 @@ def test_awq_s_weights_are_those_of_its_equation(home: Path, build: Callable[...
             codes, scales = quantize_blocks(np.ascontiguousarray(part.weight.data.numpy().T) * divisor[:, None], 32)
             part.weight.data = torch.from_numpy((dequantize_blocks(codes, scales) / divisor[:, None]).T.copy())
     assert sqnr(got, logits(model, prompt)) > 80 > 40 > sqnr(got, plain)
+
+
+def test_gptq_s_codes_are_those_of_its_algorithm(home: Path, build: Callable[..., Built], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of products seen by hooks in Hugging Face's model, on the prompts that calibration saw; two passes over the samples."""
+    asked: list[Any] = []
+    right = Session.run_prompt
+    monkeypatch.setattr(Session, "run_prompt", lambda self, prompt, route="auto": (asked.append(prompt), right(self, prompt, route))[1])
+    monkeypatch.setattr(module, "_PRODUCTS", 4 * 64 * 64 * 5)
+    bundle = build("gptq", "decoder: {weights: int4, block: 32, algorithm: gptq}")
+    prompts = asked[: len(asked) // (len(asked) // 4)]  # four samples, as often as there were passes
+    assert len(prompts) == 4 and len(asked) >= 3 * 4
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(home / "model", dtype=torch.float32).eval()
+    sums: dict[str, torch.Tensor] = {}
+    parts = {key(f"{n}.weight"): m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+    def add(name: str, rows: torch.Tensor) -> None:
+        flat = rows.reshape(-1, rows.shape[-1])
+        sums[name] = sums.get(name, torch.zeros(flat.shape[1], flat.shape[1])) + flat.T @ flat
+
+    hooks = [m.register_forward_pre_hook(lambda _, given, n=n: add(n, given[0])) for n, m in parts.items()]
+    for prompt in prompts:
+        logits(model, prompt)
+    for hook in hooks:
+        hook.remove()
+    assert len(bundle.found.codes) == 14
+    for name, (codes, scales) in bundle.found.codes.items():
+        part = parts[key(name)]
+        weight = np.ascontiguousarray(part.weight.data.numpy().T)
+        wanted = gptq_blocks(weight, sums[key(name)].numpy(), 32)
+        assert (codes != wanted[0]).mean() < 0.01 < (codes != quantize_blocks(weight, 32)[0]).mean(), name
+        part.weight.data = torch.from_numpy(dequantize_blocks(codes, scales).T.copy())
+    _, prompt, got = asked_of(home, bundle.folder, int4_accuracy=1)
+    assert sqnr(got, logits(model, prompt)) > 80
 
 
 def test_the_selection_is_in_the_loop(build: Callable[..., Built]) -> None:

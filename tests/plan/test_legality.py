@@ -147,13 +147,6 @@ WRONG: list[tuple[str, tuple[str, ...], dict[str, Any], str, tuple[str, ...]]] =
         ("quantize.decoder.activations: nvfp4 activations are not built yet", "weight-only"),
     ),
     (
-        "gptq, not built",
-        (),
-        {"quantize": "{decoder: {weights: int4, block: 128, algorithm: gptq}}"},
-        "5:60",
-        ("quantize.decoder.algorithm: gptq is not built yet; write awq, or rtn",),
-    ),
-    (
         "int8 slots, not built",
         (),
         {"quantize": "{kv: {weights: int8}}"},

@@ -43,6 +43,19 @@ def build(model: Path) -> Build:
 
 
 @pytest.fixture(scope="session")
+def calibration(model: Path) -> str:
+    """`calibration: …` of a recipe beside the model, and its data."""
+    import numpy as np
+    from PIL import Image
+
+    folder = model.parent / "pictures"
+    folder.mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (42, 42, 3), np.uint8)).save(folder / "a.png")
+    (model.parent / "prompts.jsonl").write_text('{"prompt": "what is it"}\n{"prompt": "the one on the left"}\n', "utf-8")
+    return "calibration: {images: pictures, prompts: prompts.jsonl}"
+
+
+@pytest.fixture(scope="session")
 def int4(build: Build) -> Path:
     return build("int4", "decoder: {weights: int4, block: 32, keep: [layers.1.mlp.down_proj]}")
 

@@ -12,6 +12,7 @@ from tmc_export.core.errors import ExportError, LegalityError, TmcError
 from tmc_export.plan.types import QuantizePlan
 from tmc_export.quantize import SCHEMES
 from tmc_export.quantize._weights import check_keep, is_kept
+from tmc_export.quantize.calibrated import Calibrated
 
 NAMES = [f"model.layers.{i}.{x}.weight" for i in (0, 1, 11) for x in ("self_attn.q_proj", "mlp.down_proj")]
 
@@ -116,14 +117,14 @@ def test_what_is_not_built_is_refused(plan: dict[str, object], words: str) -> No
     from tmc_export.api._schemes import PartSchemes
 
     with pytest.raises(LegalityError, match=words):
-        PartSchemes(SimpleNamespace(**plan), None, None, None)  # type: ignore[arg-type]
+        PartSchemes(SimpleNamespace(**plan), None, None, None, Calibrated())  # type: ignore[arg-type]
 
 
 def test_a_scheme_without_effect_is_an_error() -> None:
     from tmc_export.api._schemes import PartSchemes
 
     schemes = PartSchemes.__new__(PartSchemes)
-    schemes._plan, schemes._changed = {"projector": QuantizePlan("fp16")}, {"projector": 0}
+    schemes._plan, schemes._changed, schemes._found = {"projector": QuantizePlan("fp16")}, {"projector": 0}, Calibrated()
     schemes.apply(graph(name="tower.fc1.weight"), "vision")
     with pytest.raises(ExportError, match="quantize.projector: no weight of that part was found"):
         schemes.finish()

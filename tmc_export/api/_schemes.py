@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal
 
 import onnx_ir as ir
 from torch import nn
 
-from tmc_export.core.errors import ExportError, LegalityError
+from tmc_export.core.errors import ExportError, LegalityError, RecipeError
 from tmc_export.export.checkpoint import Checkpoint
 from tmc_export.families._contract import DecoderParts
 from tmc_export.plan.types import Plan, QuantizePlan
-from tmc_export.quantize import SCHEMES
+from tmc_export.quantize import SCHEMES, int4
 from tmc_export.quantize._divide import divide_inputs
 from tmc_export.quantize._inputs import Product, quantize_inputs
 from tmc_export.quantize._weights import check_keep, is_kept, weight_name, weights_of
@@ -104,7 +104,11 @@ class PartSchemes:
             products = _products(model, scheme, belongs)
             divide_inputs(model, products, self._found.divisors)
             try:
-                applied = SCHEMES.get(scheme.weights)(model, scheme, belongs)
+                if scheme.algorithm == "gptq":
+                    _check_chosen(products, self._found)
+                    applied = int4.apply(model, scheme, belongs, self._found.codes)
+                else:
+                    applied = SCHEMES.get(scheme.weights)(model, scheme, belongs)
             except LegalityError as error:
                 raise LegalityError(f"quantize.{part}: {error}") from error
             if scheme.activations is not None:
@@ -120,6 +124,15 @@ class PartSchemes:
         for part, count in self._changed.items():
             if not count and part != "kv":
                 raise ExportError(f"quantize.{part}: no weight of that part was found in any subgraph; remove it from the recipe")
+
+
+def _check_chosen(products: Sequence[Product], found: Calibrated) -> None:
+    missing = [product.name for product in products if product.name not in found.codes]
+    if missing:
+        raise RecipeError(
+            f"quantize.calibration: no sample reached '{missing[0]}' ({len(missing)} such linears here), so that gptq cannot choose its "
+            "codes; give samples that use it (with pictures, or longer), or name it in keep"
+        )
 
 
 def _products(model: ir.Model, scheme: QuantizePlan, belongs: Callable[[str], bool]) -> list[Product]:

@@ -8,6 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from tmc_export.api._schemes import part_of
 from tmc_export.api.calibration import Seen, observe
 from tmc_export.api.calibration_data import Sample, digest_of
@@ -22,6 +24,7 @@ from tmc_export.quantize._weights import is_kept
 from tmc_export.quantize.awq import awq_divisors
 from tmc_export.quantize.calibrated import Calibrated
 from tmc_export.quantize.clipping import clip_of
+from tmc_export.quantize.gptq import gptq_blocks
 from tmc_export.quantize.smoothquant import smooth_divisors
 from tmc_export.recipe import Calibration, Recipe
 from tmc_export.runtime._backend import BackendOptions
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
 
 __all__ = ["calibrate"]
 
+_PRODUCTS = 2 << 30
+"""Bytes of GPTQ's sums in memory at a time: those of a layer of 7 billion weights take 0.7 GB."""
 _ROWS = 512
 """Rows of an input that AWQ compares products on; its official code takes as many."""
 
@@ -77,7 +82,8 @@ def calibrate(
         smooth = {name: divisors[name] for name, scheme in schemes.items() if scheme.activations is not None and name in divisors}
         if smooth:
             seen = observe(session, samples, wanted, lambda line: progress(f"{line}, smoothed"), divisors=smooth)
-    return Calibrated(_clips(seen, schemes, given), divisors, digest_of(samples), len(samples))
+        codes = _codes(session, samples, seen, schemes, eager, progress)
+    return Calibrated(_clips(seen, schemes, given), divisors, codes, digest_of(samples), len(samples))
 
 
 def _schemes(plan: Plan, eager: EagerProgram) -> dict[str, QuantizePlan]:
@@ -118,6 +124,56 @@ def _divisors(seen: Seen, schemes: Mapping[str, QuantizePlan], eager: EagerProgr
             divisors = awq_divisors(seen.rows[names[0]].rows, histogram.means, weights, scheme.block)
         found |= dict.fromkeys(names, divisors)
     return found
+
+
+def _codes(
+    session: Session,
+    samples: Sequence[Sample],
+    seen: Seen,
+    schemes: Mapping[str, QuantizePlan],
+    eager: EagerProgram,
+    progress: Callable[[str], None],
+) -> dict[str, tuple[Array, Array]]:
+    """GPTQ's codes: the samples are answered as often as the products of channels with channels need, `_PRODUCTS` bytes at a time.
+
+    Codes wait in files, which are gone from the disk when the last of them is forgotten.
+    """
+    found: dict[str, tuple[Array, Array]] = {}
+    groups = [names for names in seen.groups() if schemes[names[0]].algorithm == "gptq"]
+    passes = _passes(groups, {names[0]: 4 * len(seen.inputs[names[0]].peaks) ** 2 for names in groups})
+    with TemporaryDirectory(prefix="tmc-export-gptq-") as place:
+        for number, part in enumerate(passes, 1):
+            wanted = {names[0]: eager.linears[names[0]] for names in part}
+            told = f"gptq pass {number}/{len(passes)}: "
+            sums = observe(session, samples, wanted, lambda line, told=told: progress(told + line), products=list(wanted)).products  # type: ignore[misc]
+            for names in part:
+                progress(f"{told}{names[0]}")
+                products = sums.pop(names[0]).numpy()
+                for name in names:
+                    weight = np.ascontiguousarray(eager.weight(name).numpy().T)
+                    pair = gptq_blocks(weight, products, schemes[name].block)
+                    found[name] = _spilled(Path(place), len(found), *pair)
+    return found
+
+
+def _passes(groups: Sequence[tuple[str, ...]], sizes: Mapping[str, int]) -> list[list[tuple[str, ...]]]:
+    """Groups whose products fit into memory together, in order; one that does not fit is alone."""
+    found: list[list[tuple[str, ...]]] = []
+    room = 0
+    for names in groups:
+        if not found or room < sizes[names[0]]:
+            found.append([])
+            room = _PRODUCTS
+        found[-1].append(names)
+        room -= sizes[names[0]]
+    return found
+
+
+def _spilled(folder: Path, number: int, codes: Array, scales: Array) -> tuple[Array, Array]:
+    """The arrays, mapped from files: they stay readable when the files are removed."""
+    path = folder / f"{number}.npy"
+    np.save(path, codes, allow_pickle=False)
+    return np.load(path, mmap_mode="r", allow_pickle=False), scales
 
 
 def _clips(seen: Seen, schemes: Mapping[str, QuantizePlan], given: Calibration) -> dict[str, float]:

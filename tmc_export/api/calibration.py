@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from tmc_export.api.calibration_data import Sample
@@ -31,10 +32,12 @@ class Seen:
     Attributes:
         inputs: name of a linear's weight → its input; linears that read one input have one entry, the same object.
         rows: the same, some of its rows; empty unless asked for.
+        products: name → `[K, K]` float32, its input's channels times each other, summed over the rows; of those asked for.
     """
 
     inputs: dict[str, Histogram] = field(default_factory=dict)
     rows: dict[str, RowSample] = field(default_factory=dict)
+    products: dict[str, Tensor] = field(default_factory=dict)
 
     def groups(self) -> list[tuple[str, ...]]:
         """Names that read one input, together, in the order in which they ran."""
@@ -51,6 +54,7 @@ def observe(
     progress: Callable[[str], None] = lambda _: None,
     divisors: Mapping[str, Array] | None = None,
     rows: int = 0,
+    products: Collection[str] = (),
 ) -> Seen:
     """Answer every sample and remember what the linears got.
 
@@ -61,6 +65,7 @@ def observe(
         progress: called with one line per sample.
         divisors: name → `[K]`, which a linear's input is divided by before it is looked at.
         rows: of every input that are kept.
+        products: names of the linears whose input's channels are multiplied with each other.
 
     Returns:
         What the inputs were. Rows of padding do not count, nor what a compress graph runs besides: its products are not quantized. A
@@ -70,7 +75,7 @@ def observe(
         RecipeError: a sample does not fit the bundle, or an input is not finite; names the sample.
     """
     found = Seen()
-    with observed(wanted, found, divisors or {}, rows):
+    with observed(wanted, found, divisors or {}, rows, products):
         for number, sample in enumerate(samples, 1):
             progress(f"calibrate {number}/{len(samples)}")
             try:
@@ -81,7 +86,9 @@ def observe(
 
 
 @contextmanager
-def observed(wanted: Mapping[str, nn.Linear], found: Seen, divisors: Mapping[str, Array], keep: int = 0) -> Iterator[None]:
+def observed(
+    wanted: Mapping[str, nn.Linear], found: Seen, divisors: Mapping[str, Array], keep: int = 0, products: Collection[str] = ()
+) -> Iterator[None]:
     """While active, add the inputs of linears to `found`."""
     last: list[tuple[Tensor, str]] = []  # the input that was looked at last, held so that no other tensor takes its place in memory
 
@@ -108,6 +115,9 @@ def observed(wanted: Mapping[str, nn.Linear], found: Seen, divisors: Mapping[str
             raise ValueError(f"the input of '{name}': {error}") from error
         if keep:
             found.rows.setdefault(name, RowSample(keep, flat.shape[1])).add(flat)
+        if name in products:
+            piece = torch.from_numpy(flat)
+            found.products.setdefault(name, torch.zeros(flat.shape[1], flat.shape[1])).addmm_(piece.T, piece)
 
     handles = [linear.register_forward_pre_hook(lambda m, given, n=name: look(n, m, given)) for name, linear in wanted.items()]
     try:

@@ -62,7 +62,6 @@ class _NotBuilt:
 
 NOT_BUILT = (
     _NotBuilt("activations", lambda _, s: s.activations == "nvfp4", "{value} activations are not built yet; remove it: weight-only"),
-    _NotBuilt("algorithm", lambda _, s: s.algorithm == "gptq", "{value} is not built yet; write awq, or rtn, which needs no data"),
     _NotBuilt("weights", lambda part, s: part == "kv" and s.weights != "fp16", "{value} slots are not built yet; write weights: fp16"),
 )  # fmt: skip
 """What is refused because it is not built. Whoever builds it takes its line out."""

@@ -22,11 +22,13 @@ class Calibrated:
         clips: weight → the magnitude of its input that the largest code stands for.
         divisors: weight → float32 `[K]`, above 0: its input channels are divided by them and its rows multiplied. Weights that read one
             input have one array.
+        codes: weight → int4 codes `[K, N]` (int8, in [-8, 7]) and their scales `[K / block, N]`, where GPTQ chose them.
         digest: of the data; "" without any.
         samples: questions answered.
     """
 
     clips: Mapping[str, float] = field(default_factory=dict)
     divisors: Mapping[str, Array] = field(default_factory=dict)
+    codes: Mapping[str, tuple[Array, Array]] = field(default_factory=dict)
     digest: str = ""
     samples: int = 0

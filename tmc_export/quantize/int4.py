@@ -10,7 +10,8 @@ the one with the least squared error: the largest weight may be clipped where th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -90,6 +91,8 @@ def dequantize_blocks(codes: Array, scales: Array) -> Array:
 class _Pair:
     """Codes and scales of one weight, computed together; the scales wait until they are asked for."""
 
+    how = "int4"
+
     def __init__(self, block: int) -> None:
         self.block = block
         self._scales: Array | None = None
@@ -103,14 +106,29 @@ class _Pair:
         return quantize_blocks(weight, self.block)[1] if waiting is None else waiting
 
 
-def _dequantize(model: ir.Model, value: ir.Value, block: int) -> ir.Value:
+class _Chosen:
+    """Codes and scales that are known already."""
+
+    how = "gptq"
+
+    def __init__(self, codes: Array, scales: Array) -> None:
+        self._codes, self._scales = codes, scales
+
+    def codes(self, _: Array) -> Array:
+        return self._codes
+
+    def scales(self, weight: Array) -> Array:
+        return self._scales.astype(weight.dtype)
+
+
+def _dequantize(model: ir.Model, value: ir.Value, block: int, chosen: tuple[Array, Array] | None) -> ir.Value:
     """Add codes, scales and a `DequantizeLinear` for one weight; the node is put where the weight is read first."""
     source = keyed(value)
     rows, columns = shape_of(source)
     name = value.name or ""
-    pair = _Pair(block)
-    codes = derive(source, f"int4(block={block})", pair.codes, shape=(rows, columns), name=f"{name}.int4", dtype=ir.DataType.INT4)
-    scales = derive(source, f"int4_scale(block={block})", pair.scales, shape=(rows // block, columns), name=f"{name}.scale")
+    pair = _Pair(block) if chosen is None else _Chosen(*chosen)
+    codes = derive(source, f"{pair.how}(block={block})", pair.codes, shape=(rows, columns), name=f"{name}.int4", dtype=ir.DataType.INT4)
+    scales = derive(source, f"{pair.how}_scale(block={block})", pair.scales, shape=(rows // block, columns), name=f"{name}.scale")
     inputs = [register(model, tensor) for tensor in (codes, scales)]
     node = ir.node("DequantizeLinear", inputs, attributes={"axis": 0, "block_size": block}, name=f"{name}.dequantize")
     out = node.outputs[0]
@@ -118,13 +136,19 @@ def _dequantize(model: ir.Model, value: ir.Value, block: int) -> ir.Value:
     return out
 
 
-def apply(model: ir.Model, plan: WeightPlan, belongs: Callable[[str], bool]) -> Applied:
+def apply(
+    model: ir.Model,
+    plan: WeightPlan,
+    belongs: Callable[[str], bool],
+    chosen: Mapping[str, tuple[Array, Array]] = MappingProxyType({}),
+) -> Applied:
     """Store the part's linears as int4 blocks; what is kept stays as it is.
 
     Args:
         model: changed in place.
         plan: block and keep.
         belongs: whether an initializer of that name is of the part.
+        chosen: weight → codes and scales that calibration found, as `quantize_blocks` returns them; the others are rounded.
 
     Raises:
         LegalityError: a linear's input channels are no multiple of the block.
@@ -141,7 +165,7 @@ def apply(model: ir.Model, plan: WeightPlan, belongs: Callable[[str], bool]) -> 
     changed = []
     for value, nodes in readers.values():
         changed.append(weight_name(value))
-        new = _dequantize(model, value, plan.block)
+        new = _dequantize(model, value, plan.block, chosen.get(weight_name(value)))
         producer = new.producer()
         if producer is not None:
             model.graph.insert_before(nodes[0], producer)
