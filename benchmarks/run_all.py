@@ -6,7 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("decoder036b", "schemes_speed", "selector_share", "genai_compare", "llava7b_export", "engine_sizes", "accuracy", "parity")
+NAMES = (
+    "decoder036b",
+    "schemes_speed",
+    "schemes_accuracy",
+    "selector_share",
+    "genai_compare",
+    "llava7b_export",
+    "engine_sizes",
+    "accuracy",
+    "parity",
+)
 
 
 def main() -> None:

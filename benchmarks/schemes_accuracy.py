@@ -1,0 +1,217 @@
+"""What weight schemes do to tiny-llava's answers, beside fp32 with the same compression, on fresh scenes.
+
+    python benchmarks/schemes_accuracy.py [--scenes 1000] [--plans none fastv] [--schemes int8-w8a8 int4-awq]
+
+Every bundle answers the questions of `accuracy.py`. Calibration uses 32 scenes of other seeds. Per scheme and plan: exact match and its
+difference to fp32 with a 95 % interval, answers that changed, answers that changed among those that fp32 was sure of, kept tokens that are
+the same, and of the first answer token the KL divergence (mean, nats) and how often the best token is the same.
+
+fp32 is sure of an answer when at every token of it the best logit leads the second by more than the scheme's margin bound in
+`verify/tolerances.py`, as a share of the largest magnitude among the logits. A finished row is a file in `--rows`, used again while recipe,
+scenes and tmc-export's code for it are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "examples" / "tiny-llava")]
+
+from benchmarks._common import save  # noqa: E402
+from benchmarks.accuracy import MODEL, RECIPES, collect, paired  # noqa: E402
+
+PLANS = {"none": None, "visionzip": "tiny-llava-visionzip-fp32", "fastv": "tiny-llava-fastv-fp32", "pool": "tiny-llava-pool-fp32"}
+"""Compression → the shipped recipe it is taken from."""
+
+_EIGHT = {"weights": "int8", "activations": "int8"}
+_FP8 = {"weights": "fp8", "activations": "fp8"}
+_ALL = ("encoder", "projector", "decoder")
+SCHEMES: dict[str, dict[str, Any]] = {
+    "bf16": dict.fromkeys(_ALL, {"weights": "bf16"}),
+    "int8": dict.fromkeys(_ALL, {"weights": "int8"}),
+    "int8-w8a8": dict.fromkeys(_ALL, _EIGHT),
+    "int8-w8a8-smooth": dict.fromkeys(_ALL, {**_EIGHT, "smooth": 0.5}),
+    "fp8": dict.fromkeys(_ALL, {"weights": "fp8"}),
+    "fp8-w8a8": dict.fromkeys(_ALL, _FP8),
+    "int4-rtn": {"decoder": {"weights": "int4", "block": 32}},
+    "int4-awq": {"decoder": {"weights": "int4", "block": 32, "algorithm": "awq"}},
+    "int4-gptq": {"decoder": {"weights": "int4", "block": 32, "algorithm": "gptq"}},
+}
+"""Name of a row → `quantize`."""
+GRADES = {"int8-w8a8": "int8 w8a8", "int8-w8a8-smooth": "int8 w8a8", "fp8-w8a8": "fp8 w8a8"}
+BOUNDED = {"int8-w8a8-smooth": 0.01, "int4-awq": 0.01}
+"""Answers that may change, of those that fp32 is sure of."""
+CALIBRATION, FIRST = 32, 700_000
+
+
+def write_data(folder: Path) -> dict[str, Any]:
+    """Write scenes to calibrate on; returns the recipe's `calibration`."""
+    from scenes import scene
+
+    (folder / "pictures").mkdir(parents=True)
+    lines, seed = [], FIRST
+    while len(lines) < CALIBRATION:
+        drawn = scene(seed, "train")
+        drawn.image.save(folder / "pictures" / f"{seed}.png")
+        question = drawn.questions[len(lines) % len(drawn.questions)]
+        lines.append(json.dumps({"prompt": question.text, "images": [f"{seed}.png"]}))
+        seed += 1
+    (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    return {"images": str(folder / "pictures"), "prompts": str(folder / "prompts.jsonl"), "samples": CALIBRATION}
+
+
+def recipe_of(plan: str, scheme: str, data: dict[str, Any], folder: Path) -> Path:
+    """Write the recipe of a row."""
+    from tmc_export.recipe import load_recipe
+
+    shipped = PLANS[plan]
+    entries = [] if shipped is None else load_recipe(RECIPES / f"{shipped}.yaml").model_dump(mode="json")["compress"]
+    quantize = dict(SCHEMES[scheme]) if scheme != "fp32" else {}
+    if any("activations" in p or "algorithm" in p for p in quantize.values()):
+        quantize["calibration"] = data
+    recipe = {
+        "recipe": 1, "name": f"{plan}-{scheme}", "model": {"source": str(MODEL), "dtype": "float32"},
+        "inputs": {"images": 1, "text_tokens": 32, "new_tokens": 8},
+        "compress": [{k: v for k, v in e.items() if v is not None} for e in entries], "quantize": quantize,
+        "target": {"device": "cpu", "runtime": "onnxruntime"},
+    }  # fmt: skip
+    path = folder / f"{plan}-{scheme}.yaml"
+    path.write_text(json.dumps(recipe), "utf-8")
+    return path
+
+
+def answer(path: Path, asked: Sequence[tuple[Any, Any]], folder: Path) -> dict[str, Any]:
+    """Build a row's bundle and ask everything.
+
+    Returns:
+        Per question: `texts`, `marks` ("1" for a right answer), `leads` (least lead of the best logit over the answer, relative), `kept`,
+        and `first`, the first token's log-probabilities of the 16 best tokens; `bytes` of the weights.
+    """
+    import numpy as np
+
+    import tmc_export
+
+    bundle = folder / path.stem
+    tmc_export.build(path, bundle, engines=False, record=False)
+    session = tmc_export.load(bundle, threads=1)
+    seen: list[Any] = []
+    run, step = session.run_prompt, session.decoder.step
+
+    def first(prompt: Any, route: Any = "auto") -> Any:
+        trace = run(prompt, route)
+        seen.append(trace.logits.reshape(-1))
+        return trace
+
+    def later(token: int) -> Any:
+        logits = step(token)
+        seen.append(np.array(logits).reshape(-1))
+        return logits
+
+    session.run_prompt, session.decoder.step = first, later  # type: ignore[method-assign]
+    found: dict[str, Any] = {"texts": [], "marks": "", "leads": [], "kept": [], "first": []}
+    for image, question in asked:
+        seen.clear()
+        got = session.generate([image], question.text)
+        found["texts"].append(" ".join(got.text.split()))
+        found["marks"] += "01"[found["texts"][-1] == question.answer]
+        found["leads"].append(min(_lead(logits) for logits in seen))
+        found["kept"].append([list(p) for places in got.kept.values() for p in places])
+        found["first"].append([round(float(x), 5) for x in _log_softmax(seen[0])])
+    return {**found, "bytes": sum(p.stat().st_size for p in (bundle / "onnx").glob("*.data"))}
+
+
+def _lead(logits: Any) -> float:
+    best = sorted(logits.tolist())[-2:]
+    return float((best[1] - best[0]) / max(abs(logits.max()), abs(logits.min())))
+
+
+def _log_softmax(logits: Any) -> Any:
+    import numpy as np
+
+    shifted = logits.astype(np.float64) - logits.max()
+    return shifted - np.log(np.exp(shifted).sum())
+
+
+def _code() -> str:
+    """Hash of what a row depends on besides its recipe."""
+    digest = hashlib.sha256()
+    for room in ("graphs", "tmc_export/quantize", "tmc_export/api", "tmc_export/passes"):
+        for path in sorted((REPOSITORY / room).glob("*.py")):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def row(plan: str, scheme: str, asked: Sequence[tuple[Any, Any]], rows: Path) -> dict[str, Any]:
+    """Read a finished row, or make it."""
+    recipe = json.dumps([SCHEMES.get(scheme), PLANS[plan], len(asked), CALIBRATION, FIRST])
+    key = hashlib.sha256(f"{recipe} {_code()}".encode()).hexdigest()
+    file = rows / f"{plan}-{scheme}.json"
+    if file.is_file() and (found := json.loads(file.read_text("utf-8")))["key"] == key:
+        return dict(found)
+    with tempfile.TemporaryDirectory(prefix="tmc-schemes-") as place:
+        data = write_data(Path(place) / "data")
+        found = {"key": key, **answer(recipe_of(plan, scheme, data, Path(place)), asked, Path(place))}
+    rows.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(found) + "\n", "utf-8")
+    print(f"{plan}, {scheme}: {found['marks'].count('1') / len(asked):.3f}", flush=True)
+    return found
+
+
+def compare(plan: str, scheme: str, mine: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """One row of the table: a scheme beside fp32."""
+    import numpy as np
+
+    from tmc_export.verify.tolerances import margin_bound
+
+    bound = margin_bound(GRADES.get(scheme, scheme.split("-")[0]))
+    changed = [a != b for a, b in zip(mine["texts"], base["texts"], strict=True)]
+    sure = [lead > bound for lead in base["leads"]]
+    turned = sum(c and s for c, s in zip(changed, sure, strict=True))
+    pairs = [(set(a), set(b)) for m, b_ in zip(mine["kept"], base["kept"], strict=True) for a, b in zip(m, b_, strict=True) if b]
+    overlap = float(np.mean([len(a & b) / len(b) for a, b in pairs])) if pairs else None
+    p, q = (np.array(x["first"]) for x in (base, mine))
+    kl, same = float((np.exp(p) * (p - q)).sum(1).mean()), float((p.argmax(1) == q.argmax(1)).mean())
+    points, low, high = (100 * x for x in paired([m == "1" for m in mine["marks"]], [m == "1" for m in base["marks"]]))
+    share, most = turned / max(sum(sure), 1), BOUNDED.get(scheme)
+    right = mine["marks"].count("1") / len(changed)
+    return {
+        "what": f"{plan}, {scheme}",
+        "figure": (
+            f"{right:.3f}, {points:+.1f} points ({low:+.1f} to {high:+.1f}); {sum(changed) / len(changed):.1%} changed, {share:.2%} of the "
+            f"{sum(sure)} that fp32 is sure of; first token KL {kl:.2g}, same {same:.1%}; "
+            + ("" if overlap is None else f"kept {overlap:.1%}; ")
+            + f"{mine['bytes'] / base['bytes']:.2f} of the bytes"
+        ),
+        "bound": "" if most is None else f"≤ {most:.0%} of the sure, no loss beyond the interval",
+        "ok": None if most is None else bool(share <= most and high >= 0),
+        "changed": sum(changed), "sure": sum(sure), "turned": turned, "kl": kl, "same_first": same, "overlap": overlap,
+        "points": [points, low, high], "right": right, "questions": len(changed), "bytes": mine["bytes"],
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scenes", type=int, default=1000)
+    parser.add_argument("--plans", nargs="+", choices=list(PLANS), default=list(PLANS))
+    parser.add_argument("--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES))
+    parser.add_argument("--rows", type=Path, default=REPOSITORY / "out" / "schemes", help="a folder of finished rows")
+    options = parser.parse_args()
+    asked = collect(options.scenes)
+    table = []
+    for plan in options.plans:
+        base = row(plan, "fp32", asked, options.rows)
+        table += [compare(plan, scheme, row(plan, scheme, asked, options.rows), base) for scheme in options.schemes]
+    what = f"tiny-llava, {len(asked)} fresh scenes: schemes of encoder, projector and decoder (int4: decoder) beside fp32."
+    print(save("schemes_accuracy", {"what": what, "rows": table}))
+
+
+if __name__ == "__main__":
+    main()
