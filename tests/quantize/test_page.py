@@ -10,6 +10,7 @@ import pytest
 
 from tests.plan.conftest import TINY
 from tmc_export.core.errors import LegalityError
+from tmc_export.core.stored_codes import METHODS
 from tmc_export.families._contract import ModelFiles
 from tmc_export.plan.make import make_plan
 from tmc_export.plan.quantization import LEAST_CAPABILITY, ON_ONNXRUNTIME
@@ -72,6 +73,11 @@ def test_every_device_has_its_row(tmp_path: Path, tiny: ModelFiles) -> None:
 def test_a_wrong_cell_would_be_found(tmp_path: Path, tiny: ModelFiles) -> None:
     with pytest.raises(LegalityError):
         make_plan(recipe(tmp_path, "fp8", "rtx-a2000-laptop", "tensorrt-rtx"), tiny)
+
+
+def test_every_method_of_quantized_checkpoints_has_its_row() -> None:
+    head, *rows = tables()[3]
+    assert head[0] == "`quant_method`" and [row[0].strip("`") for row in rows] == list(METHODS)
 
 
 def test_the_figures_of_gaussian_weights_are_so() -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 import onnx_ir as ir
 from torch import nn
 
-from tmc_export.core.errors import ExportError, LegalityError, RecipeError
+from tmc_export.core.errors import ExportError, LegalityError, ModelError, RecipeError
 from tmc_export.export.checkpoint import Checkpoint
 from tmc_export.families._contract import DecoderParts
 from tmc_export.plan.types import Plan, QuantizePlan
@@ -17,6 +17,7 @@ from tmc_export.quantize._divide import divide_inputs
 from tmc_export.quantize._inputs import Product, quantize_inputs
 from tmc_export.quantize._weights import check_keep, is_kept, weight_name, weights_of
 from tmc_export.quantize.calibrated import Calibrated
+from tmc_export.quantize.stored import apply_stored
 
 __all__ = ["GraphKind", "PartSchemes", "part_of"]
 
@@ -71,6 +72,7 @@ class PartSchemes:
 
     Raises:
         LegalityError: a combination that is not built, or a `keep` that names nothing.
+        ModelError: the checkpoint stores other linears as codes than its config.json says.
     """
 
     def __init__(self, plan: Plan, model: nn.Module, checkpoint: Checkpoint, parts: DecoderParts, found: Calibrated) -> None:
@@ -78,7 +80,10 @@ class PartSchemes:
         self._found, self._unsigned = found, plan.runtime == "onnxruntime"
         self._plan: Mapping[str, QuantizePlan] = plan.quantize
         state = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
-        layers = {state[id(p)] for p in parts.layers.parameters()}
+        local = {state[id(p)]: f"layers.{name}" for name, p in parts.layers.named_parameters()}
+        layers = set(local)
+        _check_stored(plan, checkpoint, local)
+        self._packed = {matrix.name: matrix for matrix in checkpoint.packed.values()}
         matrices = [name for name, shape in checkpoint.shapes.items() if len(shape) == 2]
         for part, scheme in self._plan.items():
             names = [checkpoint.identity(n) for n in matrices if (n in layers) == (part == "decoder")]
@@ -104,7 +109,9 @@ class PartSchemes:
             products = _products(model, scheme, belongs)
             divide_inputs(model, products, self._found.divisors)
             try:
-                if scheme.algorithm == "gptq":
+                if scheme.stored is not None:
+                    applied = apply_stored(model, scheme.block, self._packed, belongs)
+                elif scheme.algorithm == "gptq":
                     _check_chosen(products, self._found)
                     applied = int4.apply(model, scheme, belongs, self._found.codes)
                 else:
@@ -139,6 +146,32 @@ def _products(model: ir.Model, scheme: QuantizePlan, belongs: Callable[[str], bo
     """The matrix products of a part, without those that the plan keeps."""
     found = [Product(node, weight_name(value)) for node, value in weights_of(model, {"MatMul": 1}, belongs)]
     return [product for product in found if not is_kept(product.name, scheme.keep)]
+
+
+def _check_stored(plan: Plan, checkpoint: Checkpoint, local: Mapping[str, str]) -> None:
+    """Compare the linears that are stored as codes with those that the plan read out of config.json.
+
+    Args:
+        plan: of the checkpoint.
+        checkpoint: opened.
+        local: state-dict name of a decoder layer's parameter → `layers.<l>.<name>`.
+    """
+    outside = sorted(name for name in checkpoint.packed if name not in local)
+    if outside:
+        raise ModelError(
+            f"{checkpoint.folder} stores '{outside[0]}' as codes ({len(outside)} such matrices), and read are those of the decoder's "
+            "layers; name a checkpoint that leaves the vision tower, the projector and the head as they are"
+        )
+    scheme = plan.quantize.get("decoder")
+    if scheme is None or scheme.stored is None:
+        return
+    linears = {name: place.removesuffix(".weight") for name, place in local.items() if len(checkpoint.shapes[name]) == 2}
+    wrong = sorted(p for name, p in linears.items() if (name in checkpoint.packed) == (p in scheme.keep))
+    if wrong:
+        raise ModelError(
+            f"{checkpoint.folder}: '{wrong[0]}' is stored in another way than config.json says ({len(wrong)} such linears): config.json "
+            "and weights do not belong together; fetch the model again"
+        )
 
 
 def _check(plan: Plan) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from tmc_export.families._contract import ModelFiles
+from tmc_export.plan._weights import weight_bytes
 from tmc_export.plan.types import Plan
 
 __all__ = ["check_recorded", "record_reference"]
@@ -35,7 +37,8 @@ def record_reference(
     from tmc_export.verify.record import record
 
     stored = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
-    needed, free = int(stored * _WIDEN[plan.dtype] * _HEADROOM), available_bytes()
+    plain = weight_bytes(replace(plan, dtype="float32", quantize={})).total if any(s.stored for s in plan.quantize.values()) else 0
+    needed, free = int(max(stored * _WIDEN[plan.dtype], plain) * _HEADROOM), available_bytes()
     if free is not None and needed > free:
         reason = f"the reference needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
         progress(f"the reference was not recorded: {reason}")

@@ -58,13 +58,16 @@ class Manifest(BaseModel):
     files: dict[str, FileEntry] = Field(default_factory=dict)
 
     @property
-    def codes(self) -> frozenset[tuple[str, str | None]]:
-        """Per part of the recorded plan: its weight scheme, and that of its activations or None."""
-        quantize = self.plan.get("quantize")
-        parts = [p for p in quantize.values() if isinstance(p, dict) and "weights" in p] if isinstance(quantize, dict) else []
-        return frozenset((str(p["weights"]), None if p.get("activations") is None else str(p["activations"])) for p in parts)
-
-    @property
     def schemes(self) -> frozenset[str]:
         """The weight schemes of the recorded plan."""
-        return frozenset(weights for weights, _ in self.codes)
+        return frozenset(str(part["weights"]) for part in self._parts())
+
+    @property
+    def rounding(self) -> frozenset[tuple[str, str | None]]:
+        """Weight and activation schemes (None: weight-only) that the build rounded to; the others are codes that the checkpoint brought."""
+        parts = [part for part in self._parts() if not part.get("stored")]
+        return frozenset((str(p["weights"]), None if p.get("activations") is None else str(p["activations"])) for p in parts)
+
+    def _parts(self) -> list[dict[str, JsonValue]]:
+        quantize = self.plan.get("quantize")
+        return [p for p in quantize.values() if isinstance(p, dict) and "weights" in p] if isinstance(quantize, dict) else []

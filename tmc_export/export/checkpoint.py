@@ -1,15 +1,17 @@
 """A checkpoint's weights by state-dict name: found across shards, renamed as transformers renames, read one tensor at a time.
 
 Renaming rules and converters come from transformers itself (`get_model_conversion_mapping`), so that old hub layouts load as
-`from_pretrained` loads them. Only safetensors files are read: never pickle.
+`from_pretrained` loads them. Linears that are stored as codes (`packed.py`) read as the weights that their codes stand for. Only
+safetensors files are read: never pickle.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from tmc_export.core.errors import ModelError
+from tmc_export.core.stored_codes import StoredScheme
+from tmc_export.export.packed import FLOATS, Header, PackedMatrix, find_packed, scheme_of
 
 __all__ = ["Checkpoint", "TensorSource", "narrow", "open_checkpoint", "read_raw", "wrong_shape"]
 
@@ -54,15 +58,17 @@ class Checkpoint:
         folder: the model folder.
         sources: state-dict name → where it is.
         shapes: state-dict name → shape the model expects.
+        packed: state-dict name → the codes of a weight that is stored so, which has no source.
     """
 
     folder: Path
     sources: Mapping[str, _Source]
     shapes: Mapping[str, tuple[int, ...]]
+    packed: Mapping[str, PackedMatrix] = field(default_factory=dict)
 
     def identity(self, name: str) -> str:
         """Say which bytes a tensor has: tied names have one identity."""
-        return "+".join(key for _, key in self.sources[name].parts)
+        return self.packed[name].name if name in self.packed else "+".join(key for _, key in self.sources[name].parts)
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """Read one tensor.
@@ -74,6 +80,8 @@ class Checkpoint:
         Raises:
             ModelError: the file is damaged, the shape differs, or a value overflows `dtype`.
         """
+        if name in self.packed:
+            return narrow(self.packed[name].dense(), name, dtype)
         source = self.sources[name]
         parts = [read_raw(path, key) for path, key in source.parts]
         tensor = parts[0] if source.converter is None else _convert(source, parts, name)
@@ -142,16 +150,17 @@ def _files(folder: Path) -> dict[str, Path]:
         other = sorted(p.name for p in folder.glob("*.bin")) or sorted(p.name for p in folder.glob("*.pt*"))
         hint = f"; it has {other[0]}, a pickle file, which is never loaded: convert it to safetensors" if other else ""
         raise ModelError(f"{folder} holds no model.safetensors{hint}")
-    return dict.fromkeys(_shapes(single), single)
+    return dict.fromkeys(_headers(single), single)
 
 
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Key → shape, from a file's header alone."""
+def _headers(path: Path) -> dict[str, Header]:
+    """Key → shape and type, from a file's header alone."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+            slices = {key: file.get_slice(key) for key in file.keys()}
+            return {key: (tuple(s.get_shape()), str(s.get_dtype())) for key, s in slices.items()}
     except (SafetensorError, OSError) as error:
         raise ModelError(f"cannot open {path}: {error}; the file is damaged or incomplete: fetch it again") from error
 
@@ -175,11 +184,21 @@ def open_checkpoint(folder: Path, model: nn.Module) -> Checkpoint:
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     state = dict(model.state_dict())
+    shapes = {name: tuple(t.shape) for name, t in state.items()}
+
+    def rename(key: str) -> tuple[str, str | None]:
+        found: tuple[str, str | None] = rename_source_key(key, renamings, converters, whole.base_model_prefix, state)
+        return found
+
+    files, stored = _files(folder), scheme_of(folder)
+    packed = _matrices(files, stored, shapes, rename) if stored is not None else {}
+    taken = {key for matrix in packed.values() for _, key in matrix.places.values()}
     parts: dict[str, list[tuple[Path, str]]] = {}
     chosen: dict[str, Any] = {}
-    for key, path in sorted(_files(folder).items(), key=lambda item: _natural(item[0])):
-        name, pattern = rename_source_key(key, renamings, converters, whole.base_model_prefix, state)
-        parts.setdefault(name, []).append((path, key))
+    for key, path in sorted(files.items(), key=lambda item: _natural(item[0])):
+        name, pattern = rename(key)
+        if key not in taken:
+            parts.setdefault(name, []).append((path, key))
         if pattern is not None:
             chosen[name] = by_pattern[pattern]
     sources = {name: _Source(tuple(p), chosen.get(name)) for name, p in parts.items() if name in state}
@@ -188,34 +207,79 @@ def open_checkpoint(folder: Path, model: nn.Module) -> Checkpoint:
             sources[name] = sources[twin]
         elif twin not in sources and name in sources:
             sources[twin] = sources[name]
-    shapes = {name: tuple(t.shape) for name, t in state.items()}
-    lost = sorted(set(state) - set(sources))
+    lost = sorted(set(state) - set(sources) - set(packed))
     if lost:
         raise ModelError(
             f"{folder} lacks {len(lost)} tensors that {type(model).__name__} needs, the first is '{lost[0]}'; "
-            "the weights are incomplete or of another model"
+            f"{_unexplained(files, stored) or 'the weights are incomplete or of another model'}"
         )
-    _check_headers(sources, shapes)
-    return Checkpoint(folder, sources, shapes)
+    headers = cache(_headers)
+    _check_headers(sources, shapes, frozenset(name for name, t in state.items() if t.is_floating_point()), headers)
+    for matrix in packed.values():
+        matrix.check(headers)
+    return Checkpoint(folder, sources, shapes, packed)
 
 
-def _check_headers(sources: Mapping[str, _Source], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _matrices(
+    files: Mapping[str, Path], stored: StoredScheme, shapes: Mapping[str, tuple[int, ...]], rename: Callable[[str], tuple[str, str | None]]
+) -> dict[str, PackedMatrix]:
+    """State-dict name → codes, of every linear of the model that the files hold so.
+
+    Raises:
+        ModelError: a linear is joined of several, is there twice, or has a bias that the model has not.
+    """
+    found: dict[str, PackedMatrix] = {}
+    for module, places in find_packed(files, stored).items():
+        name, pattern = rename(f"{module}.weight")
+        if name not in shapes:
+            continue
+        again = f"{module}.weight" in files and "weight" not in places
+        if pattern is not None or len(shapes[name]) != 2 or name in found or again:
+            raise ModelError(f"the codes of '{module}' do not stand for one matrix of the model; they are not served")
+        path, bias = files.get(f"{module}.bias"), f"{module}.bias"
+        if path is not None and rename(bias)[0] not in shapes and bool(read_raw(path, bias).any()):
+            raise ModelError(
+                f"{path}: '{bias}' is not zero, and the model has no such bias; config.json and weights do not belong together"
+            )
+        n, k = shapes[name]
+        found[name] = PackedMatrix(f"{module}.weight", stored, (k, n), places, read_raw)
+    return found
+
+
+def _unexplained(files: Mapping[str, Path], stored: StoredScheme | None) -> str | None:
+    """What to say of codes that config.json does not mention."""
+    codes = next((key for key in sorted(files) if key.endswith((".qweight", ".weight_packed"))), None)
+    if stored is not None or codes is None:
+        return None
+    return (
+        f"it holds codes ('{codes}'), and config.json has no quantization_config that says what they mean: write it there (older GPTQ "
+        "folders have it in quantize_config.json)"
+    )
+
+
+def _check_headers(
+    sources: Mapping[str, _Source],
+    shapes: Mapping[str, tuple[int, ...]],
+    floating: frozenset[str],
+    headers: Callable[[Path], Mapping[str, Header]],
+) -> None:
     """Compare what the files' headers say with what the model expects, before hours are spent; joined tensors are checked when read.
 
     Raises:
-        ModelError: a file cannot be opened, lacks a tensor that the index puts there, or holds it in another shape.
+        ModelError: a file cannot be opened, lacks a tensor that the index puts there, or holds it in another shape, or as bare codes.
     """
-    by_file: dict[Path, list[tuple[str, str | None]]] = {}
     for name, source in sources.items():
         for path, key in source.parts:
-            by_file.setdefault(path, []).append((key, name if source.converter is None else None))
-    for path, wanted in by_file.items():
-        held = _shapes(path)
-        for key, whole in wanted:
-            if key not in held:
+            held = headers(path).get(key)
+            if held is None:
                 raise ModelError(f"{path} lacks the tensor '{key}' that the index puts there; fetch the model again")
-            if whole is not None and held[key] != shapes[whole]:
-                raise wrong_shape(path, key, held[key], shapes[whole])
+            if source.converter is None and held[0] != shapes[name]:
+                raise wrong_shape(path, key, held[0], shapes[name])
+            if name in floating and held[1] not in FLOATS:
+                raise ModelError(
+                    f"{path}: tensor '{key}' holds codes ({held[1]}), and nothing says what they stand for: no quantization_config in "
+                    "config.json, or no scales beside them; fetch the model again"
+                )
 
 
 def wrong_shape(path: Path, key: str, held: tuple[int, ...], expected: tuple[int, ...]) -> ModelError:

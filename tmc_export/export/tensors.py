@@ -10,7 +10,7 @@ import torch
 from tmc_export.export.checkpoint import TensorSource
 from tmc_export.export.lazy_tensors import KeyedTensor
 
-__all__ = ["CheckpointTensor", "numpy_of"]
+__all__ = ["CheckpointTensor", "numpy_of", "torch_dtype"]
 
 _IR_DTYPES = {
     torch.float32: ir.DataType.FLOAT,
@@ -20,6 +20,11 @@ _IR_DTYPES = {
     torch.int32: ir.DataType.INT32,
     torch.bool: ir.DataType.BOOL,
 }
+
+
+def torch_dtype(dtype: ir.DataType) -> torch.dtype:
+    """The torch dtype of a graph's."""
+    return next(found for found, kind in _IR_DTYPES.items() if kind == dtype)
 
 
 def numpy_of(tensor: torch.Tensor) -> Any:

@@ -67,4 +67,7 @@ def open_tower(folder: Path, index: int, dtype: torch.dtype) -> tuple[nn.Module,
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{folder}: transformers cannot make a text tower of this config.json: {' '.join(str(error).split())}") from error
     model.eval()
-    return model, TowerSource(index, open_checkpoint(folder, model))
+    checkpoint = open_checkpoint(folder, model)
+    if checkpoint.packed:
+        raise ModelError(f"{folder}: the text tower's weights are stored as codes, which is not read; name the unquantized tower")
+    return model, TowerSource(index, checkpoint)

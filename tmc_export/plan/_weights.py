@@ -108,12 +108,18 @@ def decoder_linears(d: DecoderFacts) -> dict[str, tuple[int, int]]:
 
 
 def _linear_bytes(plan: Plan, part: Literal["encoder", "projector", "decoder", "head"], into: int, out: int, name: str = "") -> int:
-    """One linear under the part's scheme: its codes and their scales, one per output, or per output and block of input channels."""
+    """One linear under the part's scheme: its codes and their scales, one per output, or per output and block of input channels.
+
+    Of codes that the checkpoint brings, zero points are counted wherever config.json allows them.
+    """
     scheme, width = plan.quantize.get(part), WIDTHS[plan.dtype]
     if scheme is None or any(k in name for k in scheme.keep):
         return into * out * width
     if scheme.weights in ("fp16", "bf16"):
         return into * out * 2
+    if scheme.stored is not None:
+        bits, scales = (4 if scheme.weights == "int4" else 8), out * (into // scheme.block if scheme.block else 1)
+        return (into * out + (scales if scheme.stored.zero_points else 0)) * bits // 8 + scales * width
     if scheme.weights in ("int8", "fp8"):
         return into * out + out * width
     return -(-into // 2) * out + -(-into // scheme.block) * out * (1 if scheme.weights == "nvfp4" else width)

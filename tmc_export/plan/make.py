@@ -24,6 +24,7 @@ from tmc_export.plan.memory import (
 )
 from tmc_export.plan.notes import notes_of
 from tmc_export.plan.resolve import resolve
+from tmc_export.plan.stored import check_stored
 from tmc_export.plan.types import Plan
 from tmc_export.recipe import Device, Recipe, load_device
 
@@ -88,6 +89,7 @@ def make_plan(recipe: Recipe, files: ModelFiles, device: Device | None = None) -
     check_target(recipe, target)
     plan = resolve(recipe, files)
     check_plan(recipe, plan)
+    check_stored(recipe, plan, target)
     room = room_of(target, recipe.target.runtime)
     if room is None:
         return plan, ()

@@ -154,6 +154,12 @@ def _codes(plan: Plan, part: str) -> str | None:
     return scheme.weights if scheme is not None and scheme.weights not in ("fp16", "bf16") else None
 
 
+def _brought(plan: Plan) -> bool:
+    """Whether the checkpoint brings the decoder's codes, so that a recipe cannot ask for others."""
+    scheme = plan.quantize.get("decoder")
+    return scheme is not None and scheme.stored is not None
+
+
 def _wide(plan: Plan, ort: bool) -> int:
     return 4 if ort else WIDTHS[plan.dtype]
 
@@ -215,7 +221,7 @@ def check_run_memory(plan: Plan, recipe: Recipe, room: Room, device: Device) -> 
         helps.append("set target.memory_tight: true")
     if recipe.target.runtime != "onnxruntime" and plan.decode_width == 1:
         helps.append("set target.decode_width: 2, which stores the weights once")
-    if _codes(plan, "decoder") not in ("int4", "nvfp4"):
+    if _codes(plan, "decoder") not in ("int4", "nvfp4") and not _brought(plan):
         helps.append("write quantize: {decoder: {weights: int4, block: 128}}")
     if found.kv + found.activations > found.total // 4:
         helps.append("lower inputs.images, inputs.text_tokens or inputs.new_tokens, or compress more")
@@ -286,5 +292,5 @@ def _splits_of(plan: Plan, block: BlockPlan, room: Room, place: str, device: Dev
     raise LegalityError(
         f"{place}building an engine of a single decoder layer (the largest holds {gib(worst)} of weights) needs about "
         f"{gib(peak_of_build(worst, codes))}; '{device.name}' has {_spare(room)}; "
-        f"{'' if codes == 'int4' else 'quantize to int4, or '}choose a device with more memory"
+        f"{'' if codes == 'int4' or _brought(plan) else 'quantize to int4, or '}choose a device with more memory"
     )

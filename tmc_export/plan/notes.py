@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from tmc_export.plan._weights import patch_kernel
 from tmc_export.plan.memory import Room, build_memory, built_on_device, gib, run_memory, tight_helps
-from tmc_export.plan.types import Plan
+from tmc_export.plan.stored import stored_notes
+from tmc_export.plan.types import Plan, QuantizePlan
 from tmc_export.recipe import Device, Recipe
 
 __all__ = ["emitted_opset", "notes_of"]
@@ -25,7 +26,13 @@ def emitted_opset(plan: Plan, device: Device) -> int:
 
     nvfp4 raises the graphs that hold it to 23 by itself.
     """
-    return min(TRACED, max(device.tensorrt.opset, *(OPSETS.get(s.weights, 0) for s in plan.quantize.values()), 0))
+    return min(TRACED, max(device.tensorrt.opset, *map(_opset, plan.quantize.values()), 0))
+
+
+def _opset(scheme: QuantizePlan) -> int:
+    """What a scheme needs above the 20; int8 in blocks needs what int4 does."""
+    blocks = scheme.stored is not None and scheme.block > 0
+    return OPSETS["int4"] if blocks else OPSETS.get(scheme.weights, 0)
 
 
 def notes_of(recipe: Recipe, plan: Plan, device: Device, room: Room | None) -> tuple[str, ...]:
@@ -52,13 +59,13 @@ def notes_of(recipe: Recipe, plan: Plan, device: Device, room: Room | None) -> t
         found.append("memory is not checked here: it depends on the machine")
     if len(plan.vision) > 1:
         found.append("operations, bytes and times are of the dearest picture bucket")
-    return (*found, *_scheme_notes(recipe, plan), *_learned_notes(plan))
+    return (*found, *stored_notes(plan), *_scheme_notes(recipe, plan), *_learned_notes(plan))
 
 
 def _on_device(recipe: Recipe, plan: Plan, device: Device, room: Room | None) -> list[str]:
     """What a board's TensorRT may refuse: opsets above the safe one, and codes as weights alone."""
     version, safe = device.tensorrt.version, device.tensorrt.opset
-    newest = max((OPSETS.get(s.weights, 0) for s in plan.quantize.values()), default=0)
+    newest = max(map(_opset, plan.quantize.values()), default=0)
     found = []
     if newest > safe:
         found.append(

@@ -21,6 +21,8 @@ __all__ = [
     "check_capability",
     "check_precisions",
     "needs_calibration",
+    "refuse_capability",
+    "refuse_precision",
 ]
 
 LEAST_CAPABILITY = {
@@ -144,19 +146,34 @@ def check_precisions(recipe: Recipe, device: Device) -> None:
     """
     for where, what in precisions(recipe):
         place = recipe.origin(where)
-        if _DEVICE_NAMES.get(what, what) not in device.precisions:
-            raise LegalityError(f"{place}: {what} does not run on '{device.name}'; it has {', '.join(device.precisions)}")
+        refuse_precision(str(place), what, device, recipe.target.runtime if where[0] == "quantize" else "")
         if where[0] != "quantize":
             continue
-        if recipe.target.runtime == "onnxruntime" and what not in ON_ONNXRUNTIME:
-            raise LegalityError(
-                f"{place}: onnxruntime's CPU path does not execute {what}; use {', '.join(ON_ONNXRUNTIME)}, or another target.runtime"
-            )
         if what == "bf16" and recipe.model.dtype != "float32":
             raise LegalityError(
                 f"{place}: bf16 weights take as many bytes as {recipe.model.dtype} and hold fewer digits; remove it, or write model.dtype: "
                 "float32"
             )
+
+
+def refuse_precision(place: str, what: str, device: Device, runtime: str) -> None:
+    """Refuse a precision that a device does not have, or, of weights, that onnxruntime does not execute.
+
+    Args:
+        place: begins the message.
+        what: the precision.
+        device: the target.
+        runtime: what executes weights of that precision; empty where it is of something else.
+
+    Raises:
+        LegalityError: with what there is.
+    """
+    if _DEVICE_NAMES.get(what, what) not in device.precisions:
+        raise LegalityError(f"{place}: {what} does not run on '{device.name}'; it has {', '.join(device.precisions)}")
+    if runtime == "onnxruntime" and what not in ON_ONNXRUNTIME:
+        raise LegalityError(
+            f"{place}: onnxruntime's CPU path does not execute {what}; use {', '.join(ON_ONNXRUNTIME)}, or another target.runtime"
+        )
 
 
 def check_capability(recipe: Recipe, capabilities: tuple[str, ...]) -> None:
@@ -166,13 +183,22 @@ def check_capability(recipe: Recipe, capabilities: tuple[str, ...]) -> None:
         LegalityError: at the line of the precision.
     """
     for where, what in precisions(recipe):
-        least = LEAST_CAPABILITY.get(what)
-        for capability in capabilities:
-            if least is not None and _number(capability) < _number(least):
-                raise LegalityError(
-                    f"{recipe.origin(where)}: {what} does not build for compute capability {capability}, it needs {least}; write float16, "
-                    f"or leave {capability} out of the target"
-                )
+        refuse_capability(str(recipe.origin(where)), what, capabilities)
+
+
+def refuse_capability(place: str, what: str, capabilities: tuple[str, ...], fix: str = "write float16") -> None:
+    """Refuse a precision that one of some compute capabilities has no kernels for; `place` begins the message, `fix` stands in it.
+
+    Raises:
+        LegalityError: with the least that has.
+    """
+    least = LEAST_CAPABILITY.get(what)
+    for capability in capabilities:
+        if least is not None and _number(capability) < _number(least):
+            raise LegalityError(
+                f"{place}: {what} does not build for compute capability {capability}, it needs {least}; {fix}, "
+                f"or leave {capability} out of the target"
+            )
 
 
 def _number(capability: str) -> tuple[int, ...]:

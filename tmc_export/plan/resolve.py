@@ -14,6 +14,7 @@ from tmc_export.graphs._contract import Attention, Layout, Positions, Segment, S
 from tmc_export.plan.entries import Entry, read_entries
 from tmc_export.plan.learned import bind
 from tmc_export.plan.rows import handed_rows
+from tmc_export.plan.stored import stored_decoder
 from tmc_export.plan.sums import sum_in_blocks
 from tmc_export.plan.tied import broken_tie
 from tmc_export.plan.towers import read_towers
@@ -63,7 +64,7 @@ def resolve(recipe: Recipe, files: ModelFiles, splits: Sequence[int] = ()) -> Pl
         cuts=cuts,
         windows=family.windows(files),
         rope_axes=first.decoder.rope_axes,
-        quantize=_quantize(recipe),
+        quantize=_quantize(recipe, stored_decoder(files, first.decoder)),
         memory_tight=recipe.target.memory_tight,
         runtime=recipe.target.runtime,
         towers=towers,
@@ -106,11 +107,20 @@ def _check_context(recipe: Recipe, facts: ModelFacts, capacity: int) -> None:
         )
 
 
-def _quantize(recipe: Recipe) -> dict[str, QuantizePlan]:
+def _quantize(recipe: Recipe, stored: QuantizePlan | None) -> dict[str, QuantizePlan]:
+    """The scheme of each part: what the recipe asks for, or what the checkpoint brings."""
     found: dict[str, QuantizePlan] = {}
     for part in PARTS:
         wanted = recipe.quantize.part(part)
-        if wanted is not None:
+        if part == "decoder" and stored is not None and stored.stored is not None:
+            if wanted is not None:
+                raise LegalityError(
+                    f"{recipe.origin(('quantize', 'decoder'))}: quantize.decoder: the checkpoint's decoder is already quantized "
+                    f"({stored.weights}, {stored.stored.method}), and its codes are taken as they are; remove it, or name the unquantized "
+                    "model"
+                )
+            found[part] = stored
+        elif wanted is not None:
             block = wanted.block or (16 if wanted.weights == "nvfp4" else 128)
             found[part] = QuantizePlan(wanted.weights, block, wanted.keep, wanted.activations, wanted.algorithm, wanted.smooth)
     return found

@@ -15,7 +15,7 @@ from tmc_export.core.facts import ModelFacts
 from tmc_export.graphs._contract import Attention, Layout, MethodConfig, Positions, Stage, TextTower
 from tmc_export.recipe import ActivationScheme, WeightScheme
 
-__all__ = ["BlockPlan", "CutPlan", "LearnedWeights", "Plan", "QuantizePlan", "StagePlan", "TowerPlan", "VisionPlan"]
+__all__ = ["BlockPlan", "CutPlan", "LearnedWeights", "Plan", "QuantizePlan", "StagePlan", "StoredCodes", "TowerPlan", "VisionPlan"]
 
 
 @dataclass(frozen=True)
@@ -191,16 +191,35 @@ class BlockPlan:
 
 
 @dataclass(frozen=True)
+class StoredCodes:
+    """Codes that the checkpoint brings, which go into the graphs as they are; see `core.stored_codes.StoredScheme`.
+
+    Attributes:
+        method: `gptq`, `awq` or `compressed-tensors`.
+        group: input channels that share a scale in the checkpoint; 0: a scale per output channel.
+        zero_points: whether codes may have other zero points than their middle.
+        inputs, kv: what its maker's runtime rounds the inputs of products, and keys and values, to; empty: nothing.
+    """
+
+    method: str
+    group: int
+    zero_points: bool = False
+    inputs: str = ""
+    kv: str = ""
+
+
+@dataclass(frozen=True)
 class QuantizePlan:
     """The scheme of one part.
 
     Attributes:
         weights: how weights are stored.
-        block: input channels that share a scale, for `int4` and `nvfp4`; the others ignore it.
+        block: input channels that share a scale, for `int4`, `nvfp4` and stored `int8` (0: a scale per output channel); others ignore it.
         keep: names of linears left as they are.
         activations: what products round their inputs to; None: weight-only.
         algorithm: how int4 codes are found.
         smooth: share of the activations' range that is moved into int8 weights; None: none.
+        stored: that the checkpoint brings the codes; None: they are found when the bundle is built.
     """
 
     weights: WeightScheme
@@ -209,6 +228,7 @@ class QuantizePlan:
     activations: ActivationScheme | None = None
     algorithm: Literal["rtn", "awq", "gptq"] = "rtn"
     smooth: float | None = None
+    stored: StoredCodes | None = None
 
 
 @dataclass(frozen=True)

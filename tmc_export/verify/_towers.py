@@ -18,6 +18,7 @@ from torch import Tensor
 from tmc_export.core.errors import ModelError
 from tmc_export.plan.types import VisionPlan
 from tmc_export.verify._qwen_tower import QwenTower
+from tmc_export.verify._stored import load_stored
 
 __all__ = ["ReferenceModel", "Tower", "load_model"]
 
@@ -136,25 +137,14 @@ class _ClipTower:
 def load_model(folder: Path, dtype: torch.dtype) -> ReferenceModel:
     """Load a checkpoint with its own eager attention; local files only, none of the checkpoint's own code.
 
+    A checkpoint that is quantized already becomes a model of the weights that its codes stand for.
+
     Raises:
         ModelError: the folder cannot be loaded, or its kind has no reference.
     """
-    from transformers import AutoModelForImageTextToText
-    from transformers.utils import logging as transformers_logging
-
-    logging: Any = transformers_logging
-    bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model: Any = AutoModelForImageTextToText.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, attn_implementation="eager", dtype=dtype
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"the checkpoint in {folder} cannot be loaded: {reason}; fetch it again or give another folder") from error
-    finally:
-        if bar:
-            logging.enable_progress_bar()
+    model: Any = load_stored(folder, dtype)
+    if model is None:
+        model = _load(folder, dtype)
     model.eval().requires_grad_(False)
     kind = str(model.config.model_type)
     towers: dict[str, Callable[[Any], Tower]] = {"llava": _ClipTower, "qwen2_vl": QwenTower, "qwen2_5_vl": QwenTower}
@@ -165,3 +155,22 @@ def load_model(folder: Path, dtype: torch.dtype) -> ReferenceModel:
         ends = model.config.get_text_config().eos_token_id
     eos = tuple(int(i) for i in ends) if isinstance(ends, list | tuple) else () if ends is None else (int(ends),)
     return ReferenceModel(model, towers[kind](model), model.model.language_model, model.lm_head, eos)
+
+
+def _load(folder: Path, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForImageTextToText
+    from transformers.utils import logging as transformers_logging
+
+    logging: Any = transformers_logging
+    bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return AutoModelForImageTextToText.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, attn_implementation="eager", dtype=dtype
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"the checkpoint in {folder} cannot be loaded: {reason}; fetch it again or give another folder") from error
+    finally:
+        if bar:
+            logging.enable_progress_bar()

@@ -79,7 +79,10 @@ def _end_to_end(bundle: Path, manifest: Manifest, cases: Sequence[Case]) -> tupl
     checks += [replace(c, name=f"chunked {c.name}") for c in play(session, cases, table, precision, "chunked")]
     note = f"{len(cases)} conversations, {sum(len(t.expected.tokens) for c in cases for t in c.turns)} steps, prefilled whole and in chunks"
     if precision == "float32":
-        return rung_of(end, checks, note), not_run(quantized, "nothing is quantized")
+        brought = manifest.schemes - manifest.rounding
+        own = f"the checkpoint's own {', '.join(sorted(brought))} codes round nothing: the end-to-end rung plays them"
+        why = own if brought else "nothing is quantized"
+        return rung_of(end, checks, note), not_run(quantized, why)
     how = f"{precision} at onnxruntime accuracy level 1" if precision in ("int4", "int8") else precision
     why = "the graphs hold reduced precision; the next rung but one plays them"
     return not_run(end, why), rung_of(quantized, checks, f"{how}; {note}")
@@ -116,7 +119,7 @@ def saved_ladder(bundle: Path, outputs: Path, progress: Progress = lambda _: Non
 
 def precision_of_manifest(manifest: Manifest) -> Precision:
     """Return the row of the tolerance tables; as `precision_of`, from the recorded plan."""
-    grades = {grade(weights, activations) for weights, activations in manifest.codes}
+    grades = {grade(weights, activations) for weights, activations in manifest.rounding}
     return coarsest(grades, str(manifest.plan.get("dtype")))
 
 

@@ -161,8 +161,11 @@ def grade(weights: str, activations: str | None) -> str:
 
 
 def precision_of(plan: Plan) -> Precision:
-    """Return the row of the tables that a plan's weights belong to: the coarsest scheme of its parts."""
-    return coarsest({grade(scheme.weights, scheme.activations) for scheme in plan.quantize.values()}, plan.dtype)
+    """Return the row of the tables that a plan's weights belong to: the coarsest scheme of its parts.
+
+    Codes that the checkpoint brings round nothing: the reference computes with what they stand for.
+    """
+    return coarsest({grade(s.weights, s.activations) for s in plan.quantize.values() if s.stored is None}, plan.dtype)
 
 
 def coarsest(schemes: Collection[str], dtype: str) -> Precision:
