@@ -258,7 +258,7 @@ def test_a_text_tower_of_codes_is_refused(tmp_path: Path) -> None:
     codes, zeros, scales = FORMS["gptq"].quantize(weight)
     tensors = FORMS["gptq"].pack(codes, zeros, scales)
     change(tmp_path, drop(f"{key}.weight"))
-    change(tmp_path, lambda t: t.update({f"{key}.{p}": torch.as_tensor(v) for p, v in tensors.items()}))
+    change(tmp_path, lambda t: t.update({f"{key}.{p}": torch.as_tensor(v).contiguous() for p, v in tensors.items()}))
     configure(tmp_path, lambda c: c.update(quantization_config=dict(FORMS["gptq"].config)))
     with pytest.raises(ModelError, match="text tower's weights are stored as codes"):
         open_tower(tmp_path, 0, torch.float32)

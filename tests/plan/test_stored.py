@@ -103,14 +103,13 @@ def test_other_parts_may_be_quantized_beside_it(files: ModelFiles, write: Writer
     [
         ("awq", "device: rtx-4090, runtime: tensorrt-rtx", "int4 .awq, groups of 128, zero points.: TensorRT takes no zero points"),
         ("awq", "device: jetson-agx-orin-64gb, runtime: tensorrt", "TensorRT takes no zero points"),
-        ("gptq-8-bits", "device: rtx-4090, runtime: tensorrt-rtx", "takes int8 with a scale per output channel, not per group"),
         ("fp8", "device: jetson-agx-orin-64gb, runtime: tensorrt", "fp8 does not run on 'jetson-agx-orin-64gb'"),
         ("fp8", "device: rtx-a2000-laptop, runtime: tensorrt-rtx", "fp8 does not run on 'rtx-a2000-laptop'"),
         ("gptq", "device: rtx-4090, runtime: tensorrt-rtx, compute_capabilities: ['7.5', '8.9']", "7.5, it needs 8.0; name the unqu"),
     ],
 )
 def test_what_a_device_does_not_take_is_refused(name: str, target: str, says: str, files: ModelFiles, write: Writer) -> None:
-    options = {"group_size": 128} if name in ("gptq", "awq", "gptq-8-bits") else {}
+    options = {"group_size": 128} if name in ("gptq", "awq") else {}
     with pytest.raises(LegalityError, match=rf"recipe.yaml:3:\d+: model.source: its decoder is quantized, .*{says}"):
         make_plan(write(target=target), with_codes(files, name, **options))
     make_plan(write(target=CPU), with_codes(files, name, **options))
@@ -118,12 +117,17 @@ def test_what_a_device_does_not_take_is_refused(name: str, target: str, says: st
 
 @pytest.mark.parametrize(
     ("name", "device", "runtime"),
-    [("gptq", "rtx-4090", "tensorrt-rtx"), ("gptq", "jetson-agx-orin-64gb", "tensorrt"), ("fp8", "rtx-4090", "tensorrt-rtx"),
+    [("gptq", "rtx-4090", "tensorrt-rtx"), ("gptq-8-bits", "rtx-4090", "tensorrt-rtx"), ("gptq-8-bits", "jetson-agx-orin-64gb", "tensorrt"),
+     ("gptq", "jetson-agx-orin-64gb", "tensorrt"), ("fp8", "rtx-4090", "tensorrt-rtx"),
      ("packed", "jetson-agx-orin-64gb", "tensorrt"), ("int8", "rtx-4090", "tensorrt-rtx")],
 )  # fmt: skip
 def test_what_a_device_takes(name: str, device: str, runtime: str, files: ModelFiles, write: Writer) -> None:
     options = {"group_size": 128} if name == "gptq" else {}
-    make_plan(write(target=f"device: {device}, runtime: {runtime}"), with_codes(files, name, **options))
+    report = report_plan(write(target=f"device: {device}, runtime: {runtime}"), with_codes(files, name, **options))
+    board = runtime == "tensorrt"
+    assert any("widens int8 in groups before each product" in n for n in report.notes) == (name == "gptq-8-bits")
+    assert any("int8 in blocks" in n for n in report.notes) == (board and name == "gptq-8-bits")
+    assert any("the fallback is the unquantized model's float16" in n for n in report.notes) == board
 
 
 def test_an_unknown_method_is_refused_by_the_plan(files: ModelFiles, write: Writer) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from tests._packed import FORMS, Packed, save_packed
 from tests._tiny import tmc
 from tests.end_to_end._generate import compare_with_generate
 from tests.quantize._reading import fused, graphs, parts_of
-from tmc_export.core.errors import LegalityError, ModelError, ParityError
+from tmc_export.core.errors import ExportError, LegalityError, ModelError, ParityError
 from tmc_export.runtime.session import load
 
 RECIPE = """\
@@ -36,6 +37,7 @@ PYRAMID = "{at: decoder.1, method: pyramiddrop, layers: [1], keep: [50%]}"
 CPU = "{device: cpu, runtime: onnxruntime}"
 FULL = ("gptq", "gptq-v2-zero-points", "awq", "packed-zero-points", "packed-8-bits", "fp8")
 """Forms that are built with the reference recorded; the others differ from one of them in a step that `test_packed.py` compares."""
+FORMS_AS = {"gptq": "int4", "gptq-8-bits": "int8", "packed-8-bits": "int8", "fp8": "fp8"}
 
 
 @pytest.fixture(scope="session")
@@ -121,11 +123,12 @@ def test_scores_are_computed_with_plain_weights(made: Callable[[str], Packed], b
     assert len(wanted) == 2 and all(any(np.array_equal(r, w.T) for r in read) for w in wanted)
 
 
-@pytest.mark.parametrize("name", ["gptq", "gptq-v2-zero-points", "gptq-channels", "awq", "packed-zero-points"])
+@pytest.mark.parametrize("name", [n for n in FORMS if not n.startswith("fp8")])
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_onnxruntime_multiplies_4_bit_codes_as_they_are(name: str, phase: str, built: Callable[[str], Path], tmp_path: Path) -> None:
+def test_onnxruntime_multiplies_integer_codes_as_they_are(name: str, phase: str, built: Callable[[str], Path], tmp_path: Path) -> None:
     nodes = fused(built(name) / "onnx" / f"block_0_{phase}.onnx", tmp_path / "fused.onnx", 1)
-    assert sum(n.op_type == "MatMulNBits" for n in nodes) == 5 and not any(n.op_type == "DequantizeLinear" for n in nodes)
+    products = [{a.name: a.i for a in n.attribute} for n in nodes if n.op_type == "MatMulNBits"]
+    assert [p["bits"] for p in products] == [FORMS[name].bits] * 5 and not any(n.op_type == "DequantizeLinear" for n in nodes)
 
 
 def test_bytes_are_those_of_the_plan(built: Callable[[str], Path]) -> None:
@@ -218,10 +221,19 @@ def test_a_float16_bundle(made: Callable[[str], Packed]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
-def test_no_package_of_its_maker_is_needed() -> None:
-    import importlib.util
+@pytest.mark.parametrize("name", ["gptq", "awq", "packed"])
+def test_no_package_of_its_maker_is_needed(name: str, made: Callable[[str], Packed], monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForImageTextToText
 
-    assert not [p for p in ("auto_gptq", "gptqmodel", "awq", "compressed_tensors") if importlib.util.find_spec(p)]
+    from tmc_export.verify._towers import load_model
+
+    for package in ("auto_gptq", "gptqmodel", "awq", "compressed_tensors", "accelerate"):
+        monkeypatch.setitem(sys.modules, package, None)  # whoever imports it fails
+    folder = made(name).folder
+    weight = load_model(folder, torch.float32).text.layers[0].mlp.up_proj.weight
+    assert weight.shape == (128, 64) and bool(weight.any())
+    with pytest.raises((ImportError, RuntimeError)):  # its own way does need one
+        AutoModelForImageTextToText.from_pretrained(folder)
 
 
 def test_the_command_refuses_a_second_quantization_and_writes_nothing(made: Callable[[str], Packed]) -> None:
@@ -252,7 +264,7 @@ def test_a_quantized_vision_tower_is_refused(made: Callable[[str], Packed], tmp_
     key = next(k for k in tensors if "vision_tower" in k and k.endswith("layers.0.mlp.fc2.weight"))
     codes, zeros, scales = FORMS["gptq"].quantize(tensors.pop(key).numpy())
     packed = FORMS["gptq"].pack(codes, zeros, scales)
-    tensors |= {f"{key.removesuffix('weight')}{part}": torch.as_tensor(value) for part, value in packed.items()}
+    tensors |= {f"{key.removesuffix('weight')}{part}": torch.as_tensor(value).contiguous() for part, value in packed.items()}
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ModelError, match=r"stores '.*vision_tower.*fc2.weight' as codes \(1 such matrices\)"):
         build(folder, "bundle")
@@ -263,7 +275,7 @@ def test_zero_points_are_refused_for_tensorrt(made: Callable[[str], Packed]) -> 
         build(made("awq").folder, "rtx", dtype="float16", target="{device: rtx-4090, runtime: tensorrt-rtx}")
 
 
-@pytest.mark.parametrize("name", ["gptq", "packed-8-bits", "fp8"])
+@pytest.mark.parametrize("name", ["gptq", "gptq-8-bits", "packed-8-bits", "fp8"])
 def test_tensorrt_rtx_builds_symmetric_codes(name: str, made: Callable[[str], Packed], tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="needs the extra [rtx]")
     from tmc_export.engine import EngineOptions, build_engine
@@ -271,10 +283,29 @@ def test_tensorrt_rtx_builds_symmetric_codes(name: str, made: Callable[[str], Pa
 
     bundle = build(made(name).folder, "rtx", dtype="float16", target="{device: rtx-4090, runtime: tensorrt-rtx}")
     (spec,) = (s for s in json.loads((bundle / "engines/profiles.json").read_text())["subgraphs"] if s["name"] == "block_0")
-    assert spec["precision"] == {"gptq": "int4", "packed-8-bits": "int8", "fp8": "fp8"}[name]
+    assert spec["precision"] == FORMS_AS[name]
     report = build_engine(
         bundle / spec["onnx"], profiles_from(spec["profiles"]), tmp_path / "b.engine", EngineOptions(capabilities=("SM89",)),
         precision=spec["precision"],
     )  # fmt: skip
-    sees = {"gptq": "Int4", "packed-8-bits": "Int8", "fp8": "FP8"}[name]
-    assert report.size > 0 and sum(sees in layer.constants for layer in report.layers) >= 3 * 4
+    sees = {"int4": "Int4", "int8": "Int8", "fp8": "FP8"}[FORMS_AS[name]]
+    readers = [layer for layer in report.layers if sees in layer.constants]
+    assert report.size > 0 and len(readers) >= 3 * (3 if name == "gptq-8-bits" else 4)
+    products = [layer for layer in readers if layer.kind in ("runtime_fusion", "gemm")]
+    assert bool(products) == (name != "gptq-8-bits"), [(layer.kind, layer.name) for layer in readers]  # int8 in groups is widened before
+
+
+@pytest.mark.parametrize("name", ["awq", "packed-zero-points"])
+def test_tensorrt_rtx_refuses_zero_points(name: str, made: Callable[[str], Packed], tmp_path: Path) -> None:
+    """Why `plan` does: its parser takes no unsigned codes."""
+    pytest.importorskip("tensorrt_rtx", reason="needs the extra [rtx]")
+    from tmc_export.engine import EngineOptions, build_engine
+    from tmc_export.engine._wire import profiles_from
+
+    bundle = build(made(name).folder, "half", dtype="float16")
+    (spec,) = (s for s in json.loads((bundle / "engines/profiles.json").read_text())["subgraphs"] if s["name"] == "block_0")
+    with pytest.raises(ExportError, match="the TensorRT parser refuses"):
+        build_engine(
+            bundle / spec["onnx"], profiles_from(spec["profiles"]), tmp_path / "b.engine", EngineOptions(capabilities=("SM89",)),
+            precision=spec["precision"],
+        )  # fmt: skip

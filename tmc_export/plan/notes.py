@@ -74,6 +74,8 @@ def _on_device(recipe: Recipe, plan: Plan, device: Device, room: Room | None) ->
         )
     if any(scheme.weights == "int4" and scheme.block == 32 for scheme in plan.quantize.values()):
         found.append("int4 in blocks of 32: NVIDIA's documents of TensorRT name 64 and 128; not run on a board")
+    if any(s.stored is not None and s.weights == "int8" and s.block for s in plan.quantize.values()):
+        found.append("int8 in blocks: NVIDIA's documents of TensorRT name int4 alone; not run on a board")
     for name, parts in _by_scheme(plan).items():
         alone = any(plan.quantize[part].activations is None for part in parts)
         if OPSETS.get(name, 0) > safe or (alone and name in _AS_WEIGHTS):
@@ -131,4 +133,5 @@ def _fallback(recipe: Recipe, plan: Plan, room: Room | None, parts: Sequence[str
     building = max(engine.peak for engine in build_memory(plain))
     if room is not None and max(running, building) > room.free:
         return f"no fallback: {plan.dtype} weights would take {gib(running)}, their build {gib(building)}, of {gib(room.free)}"
-    return f"the fallback is {plan.dtype} weights ({gib(running)} when it runs, {gib(building)} to build)"
+    whose = "the unquantized model's " if any(plan.quantize[part].stored is not None for part in parts) else ""
+    return f"the fallback is {whose}{plan.dtype} weights ({gib(running)} when it runs, {gib(building)} to build)"

@@ -73,20 +73,12 @@ def check_stored(recipe: Recipe, plan: Plan, device: Device) -> None:
         refuse_precision(says, scheme.weights, device, runtime)
         if runtime == "tensorrt-rtx":
             refuse_capability(says, scheme.weights, capabilities, "name the unquantized model")
-        reason = _unread(scheme) if runtime != "onnxruntime" else None
-        if reason is not None:
+        if scheme.stored.zero_points and runtime != "onnxruntime":
             block = f", block: {scheme.block}" if scheme.weights == "int4" else ""
             raise LegalityError(
-                f"{says}: TensorRT {reason}; name a checkpoint that is stored so, or the unquantized model with quantize: {{{part}: "
+                f"{says}: TensorRT takes no zero points; name a symmetric checkpoint, or the unquantized model with quantize: {{{part}: "
                 f"{{weights: {scheme.weights}{block}}}}}, or write target.runtime: onnxruntime"
             )
-
-
-def _unread(scheme: QuantizePlan) -> str | None:
-    """What TensorRT takes instead of such codes; None where it takes them."""
-    if scheme.stored is not None and scheme.stored.zero_points:
-        return "takes no zero points, only symmetric codes"
-    return "takes int8 with a scale per output channel, not per group" if scheme.weights == "int8" and scheme.block else None
 
 
 def _says(scheme: QuantizePlan) -> str:
@@ -108,9 +100,9 @@ def stored_notes(plan: Plan) -> list[str]:
         found.append(f"{part}: the checkpoint's own codes are taken as they are: {_says(scheme)}{left}")
         if scheme.block and scheme.block != stored.group:
             found.append(f"{part}: its groups are stored as blocks of {scheme.block}, each with its group's scale: the same numbers")
+        if plan.runtime != "onnxruntime" and scheme.weights == "int8" and scheme.block:
+            found.append(f"TensorRT-RTX widens int8 in groups before each product: they are small, and read no faster than {plan.dtype}")
         for what, code in (("inputs of products", stored.inputs), ("keys and values", stored.kv)):
             if code:
                 found.append(f"{part}: the checkpoint was made for {what} in {code}; here they stay in {plan.dtype}")
-        if plan.runtime == "onnxruntime" and stored.zero_points and scheme.weights == "int8":
-            found.append(f"onnxruntime widens int8 with zero points of the {part} in each run, which is slow")
     return found

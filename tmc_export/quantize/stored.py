@@ -7,7 +7,8 @@ Before: `MatMul(x, W [K, N])`, W the weight that the codes stand for. After: `Ma
 - int8 and fp8 per output channel: `s [N]`, `axis=1`.
 - Without zero points (all of them are the middle of the codes) Q is int4 or int8 and z is left out; else Q and z are uint4 or uint8.
 
-onnxruntime multiplies 4-bit codes as they are, with zero points, too (its `MatMulNBits`); TensorRT takes no zero points.
+onnxruntime multiplies 4-bit and 8-bit codes as they are, with zero points, too (its `MatMulNBits`). TensorRT-RTX reads signed codes, int8
+in groups, too; it takes no zero points.
 """
 
 from __future__ import annotations
