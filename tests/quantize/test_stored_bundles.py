@@ -36,7 +36,8 @@ PYRAMID = "{at: decoder.1, method: pyramiddrop, layers: [1], keep: [50%]}"
 """Its scores are those of the layer after the cut: the compress graph reads that layer's weights."""
 CPU = "{device: cpu, runtime: onnxruntime}"
 FULL = ("gptq", "gptq-v2-zero-points", "awq", "packed-zero-points", "packed-8-bits", "fp8")
-"""Forms that are built with the reference recorded; the others differ from one of them in a step that `test_packed.py` compares."""
+"""Forms that are built with a cut and the reference recorded; the others are built uncompressed, and compared with `generate` alone."""
+OTHERS = tuple(name for name in FORMS if name not in FULL)
 FORMS_AS = {"gptq": "int4", "gptq-8-bits": "int8", "packed-8-bits": "int8", "fp8": "fp8"}
 
 
@@ -66,9 +67,16 @@ def build(source: Path, name: str, *, compress: str = PYRAMID, dtype: str = "flo
 
 @pytest.fixture(scope="session")
 def built(made: Callable[[str], Packed]) -> Callable[[str], Path]:
-    """The bundle of a form, with pyramiddrop, its reference recorded where it is one of `FULL`."""
+    """The bundle of a form, made once: with pyramiddrop and its reference recorded where it is one of `FULL`."""
     done: dict[str, Path] = {}
-    return lambda name: done.setdefault(name, build(made(name).folder, "bundle", record=name in FULL)) if name not in done else done[name]
+
+    def make(name: str) -> Path:
+        if name not in done:
+            full = name in FULL
+            done[name] = build(made(name).folder, "bundle", compress=PYRAMID if full else "", record=full)
+        return done[name]
+
+    return make
 
 
 def stored_in(bundle: Path, block: str) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
@@ -89,9 +97,10 @@ def stored_in(bundle: Path, block: str) -> dict[str, tuple[np.ndarray, np.ndarra
 @pytest.mark.parametrize("name", FORMS)
 def test_the_codes_in_the_graphs_are_the_checkpoints(name: str, made: Callable[[str], Packed], built: Callable[[str], Path]) -> None:
     form, packed, seen = FORMS[name], made(name), 0
-    for layer in (0, 1):
-        for linear, (codes, scales, zeros) in stored_in(built(name), f"block_{layer}").items():
-            (key,) = (k for k in packed.stored if k.endswith(linear.replace("layers.0.", f"layers.{layer}.") + ".weight"))
+    for block in (0, 1) if name in FULL else (0,):
+        for linear, (codes, scales, zeros) in stored_in(built(name), f"block_{block}").items():
+            place = linear.replace("layers.0.", f"layers.{block}.") if block else linear
+            (key,) = (k for k in packed.stored if k.endswith(f"{place}.weight"))
             want, zero, scale = packed.stored[key]
             shift = 0 if form.fp8 or not form.symmetric else 2 ** (form.bits - 1)
             assert np.array_equal(codes, want.astype(np.float32) - shift), linear
@@ -128,12 +137,14 @@ def test_scores_are_computed_with_plain_weights(made: Callable[[str], Packed], b
 def test_onnxruntime_multiplies_integer_codes_as_they_are(name: str, phase: str, built: Callable[[str], Path], tmp_path: Path) -> None:
     nodes = fused(built(name) / "onnx" / f"block_0_{phase}.onnx", tmp_path / "fused.onnx", 1)
     products = [{a.name: a.i for a in n.attribute} for n in nodes if n.op_type == "MatMulNBits"]
-    assert [p["bits"] for p in products] == [FORMS[name].bits] * 5 and not any(n.op_type == "DequantizeLinear" for n in nodes)
+    assert [p["bits"] for p in products] == [FORMS[name].bits] * (5 if name in FULL else 10) and not any(
+        n.op_type == "DequantizeLinear" for n in nodes
+    )
 
 
 def test_bytes_are_those_of_the_plan(built: Callable[[str], Path]) -> None:
     """What the plan reckons of a block's layers is what its file holds, biases and padding apart."""
-    for name in ("gptq", "gptq-v2-zero-points", "gptq-8-bits", "packed-8-bits"):
+    for name in ("gptq", "gptq-v2-zero-points", "packed-8-bits"):
         bundle = built(name)
         plan = json.loads((bundle / "report" / "plan.json").read_text())
         reckoned = plan["estimate"]["weights"]["decoder"] / 2  # two layers alike
@@ -161,13 +172,15 @@ def test_the_whole_ladder(name: str, made: Callable[[str], Packed], built: Calla
     assert ran.code == 0, ran.err
 
 
-@pytest.mark.parametrize("name", FORMS)
-def test_token_for_token_with_hugging_face_on_the_twin(name: str, made: Callable[[str], Packed]) -> None:
+@pytest.mark.parametrize(
+    "name", ["gptq", "awq", *OTHERS, *(pytest.param(n, marks=pytest.mark.slow) for n in FULL if n not in ("gptq", "awq"))]
+)
+def test_token_for_token_with_hugging_face_on_the_twin(name: str, made: Callable[[str], Packed], built: Callable[[str], Path]) -> None:
     """Uncompressed, against `generate` of transformers on the plain twin: logits at every step, and the answer."""
     from PIL import Image
 
     packed = made(name)
-    bundle = build(packed.folder, "whole", compress="")
+    bundle = build(packed.folder, "whole", compress="") if name in FULL else built(name)
     noise = np.random.default_rng(0).integers(0, 255, (2, 42, 42, 3), np.uint8)
     asked = [(Image.fromarray(picture), text) for picture, text in zip(noise, ("what is it", "and where"), strict=True)]
     checks = list(compare_with_generate(load(bundle, threads=1, int4_accuracy=1), packed.twin, asked, 12))
@@ -275,7 +288,7 @@ def test_zero_points_are_refused_for_tensorrt(made: Callable[[str], Packed]) -> 
         build(made("awq").folder, "rtx", dtype="float16", target="{device: rtx-4090, runtime: tensorrt-rtx}")
 
 
-@pytest.mark.parametrize("name", ["gptq", "gptq-8-bits", "packed-8-bits", "fp8"])
+@pytest.mark.parametrize("name", ["gptq", "gptq-8-bits", pytest.param("packed-8-bits", marks=pytest.mark.slow), "fp8"])
 def test_tensorrt_rtx_builds_symmetric_codes(name: str, made: Callable[[str], Packed], tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="needs the extra [rtx]")
     from tmc_export.engine import EngineOptions, build_engine
@@ -295,14 +308,14 @@ def test_tensorrt_rtx_builds_symmetric_codes(name: str, made: Callable[[str], Pa
     assert bool(products) == (name != "gptq-8-bits"), [(layer.kind, layer.name) for layer in readers]  # int8 in groups is widened before
 
 
-@pytest.mark.parametrize("name", ["awq", "packed-zero-points"])
+@pytest.mark.parametrize("name", ["awq", pytest.param("packed-zero-points", marks=pytest.mark.slow)])
 def test_tensorrt_rtx_refuses_zero_points(name: str, made: Callable[[str], Packed], tmp_path: Path) -> None:
     """Why `plan` does: its parser takes no unsigned codes."""
     pytest.importorskip("tensorrt_rtx", reason="needs the extra [rtx]")
     from tmc_export.engine import EngineOptions, build_engine
     from tmc_export.engine._wire import profiles_from
 
-    bundle = build(made(name).folder, "half", dtype="float16")
+    bundle = build(made(name).folder, "half", dtype="float16", record=True)  # the one of the test above, where that ran
     (spec,) = (s for s in json.loads((bundle / "engines/profiles.json").read_text())["subgraphs"] if s["name"] == "block_0")
     with pytest.raises(ExportError, match="the TensorRT parser refuses"):
         build_engine(
