@@ -39,6 +39,15 @@ def test_what_is_no_small_difference(got: np.ndarray | None, want: np.ndarray, s
     assert found is not None and says in found.note
 
 
+def test_codes_may_be_the_next_one() -> None:
+    """What lies half-way between two int8 codes is either; other integers are what they are."""
+    codes = np.array([3, -128, 127], np.int8)
+    assert compare("t", codes + np.array([1, 1, 0], np.int8), codes, TABLE) is None
+    found = compare("t", codes + np.array([2, 0, 0], np.int8), codes, TABLE)
+    assert found is not None and (found.error, found.allowed) == (2.0, 1.0) and found.note == "differs in 1 of 3 places"
+    assert compare("t", codes.astype(np.int64) + 1, codes.astype(np.int64), TABLE) is not None
+
+
 def test_the_same_infinity_is_equal() -> None:
     both = np.array([-np.inf, 1], np.float32)
     assert compare("t", both, both.copy(), TABLE) is None

@@ -20,6 +20,9 @@ from onnx import helper, numpy_helper  # noqa: E402
 
 from tests._tiny import Ran, listing, tmc  # noqa: E402
 from tests.debug._graphs import operators  # noqa: E402
+from tmc_export.bundle.program import SlotCodes  # noqa: E402
+from tmc_export.bundle.read import open_manifest  # noqa: E402
+from tmc_export.bundle.write import write_manifest  # noqa: E402
 from tmc_export.core.errors import RuntimeInputError  # noqa: E402
 from tmc_export.debug import find as finding  # noqa: E402
 from tmc_export.debug import localise  # noqa: E402
@@ -288,6 +291,12 @@ def test_mistakes_are_one_line(good: Path, bundle: Path, int4: Path, model: Path
     (other / PREFILL).rename(other / "onnx" / "away.onnx")
     ran = debug(bundle, "--against", other)
     assert ran.code in (2, 4) and "block_1_prefill.onnx" in ran.error()
+    (other / "onnx" / "away.onnx").rename(other / PREFILL)
+    manifest = open_manifest(other)
+    codes = SlotCodes(dtype="int8", scales={})
+    write_manifest(other, manifest.model_copy(update={"program": manifest.program.model_copy(update={"kv": codes})}))
+    ran = debug(bundle, "--against", other)
+    assert ran.code == 2 and "keeps keys and values in float32" in ran.error() and "of the same quantize.kv" in ran.error()
     (bundle / PREFILL).unlink()
     ran = debug(bundle)
     assert ran.code == 4 and "is missing" in ran.error()

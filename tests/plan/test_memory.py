@@ -10,6 +10,7 @@ from tests.plan.conftest import TINY, Writer
 from tmc_export.core.errors import LegalityError
 from tmc_export.engine._memory import estimate_bytes
 from tmc_export.families._contract import ModelFiles
+from tmc_export.plan._launches import slot_bytes
 from tmc_export.plan._weights import block_bytes, embed_bytes, encoder_weights, projector_weights, weight_bytes
 from tmc_export.plan.make import make_plan, report_plan
 from tmc_export.plan.memory import GIB, build_memory, peak_of_build, room_of, run_memory
@@ -105,6 +106,21 @@ def test_kv_of_7b(write: Writer, files: ModelFiles) -> None:
     report = report_plan(write("at: projector, method: pool", "at: decoder.2, method: fastv, keep: 50%"), files)
     assert report.uncompressed_cost is not None and report.uncompressed_cost.kv_bytes == (960 * 32 * 16384,)
     assert report.cost.kv_bytes == ((144 + 128 + 256) * 2 * 16384, (72 + 128 + 256) * 30 * 16384)
+
+
+@pytest.mark.parametrize(
+    ("quantize", "dtype", "wide"),
+    [
+        ("{}", "float32", 4),
+        ("{}", "float16", 2),
+        ("{kv: {weights: fp16}}", "float16", 2),
+        ("{kv: {weights: int8}}", "float32", 1),
+        ("{kv: {weights: int8}}", "float16", 1),
+    ],
+)
+def test_bytes_of_a_slot(quantize: str, dtype: str, wide: int, write: Writer, files: ModelFiles) -> None:
+    plan = resolve(write(model=f"dtype: {dtype}", quantize=quantize), files)
+    assert slot_bytes(plan) == 2 * 32 * 128 * wide
 
 
 def test_copies(write: Writer, files: ModelFiles) -> None:

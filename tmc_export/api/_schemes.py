@@ -179,7 +179,8 @@ def _check(plan: Plan) -> None:
         raise LegalityError(
             "model.dtype: bfloat16 bundles are not built yet (onnxruntime's CPU path has no bfloat16 kernels); use float16 or float32"
         )
-    if "kv" in plan.quantize and plan.dtype != "float16":
+    kv = plan.quantize.get("kv")
+    if kv is not None and kv.weights == "fp16" and plan.dtype != "float16":
         raise LegalityError(
             f"quantize.kv: fp16 slots beside {plan.dtype} arithmetic are not built yet; remove quantize.kv, "
             "or use model.dtype: float16, whose slots are fp16"

@@ -142,7 +142,8 @@ def build_bundle(
             program=exported.program,
             proofs=prove(work, device, loaded, want_engines, progress),
         )
-        reason = "--no-record" if not record else record_reference(folder, plan, files, work, loaded.inputs.fit, progress)
+        codes = exported.program.kv
+        reason = "--no-record" if not record else record_reference(folder, plan, files, work, loaded.inputs.fit, progress, codes)
         progress("hash files")
         sealed = seal(work, manifest)
         parity = check_recorded(work, progress) if reason is None else {"onnxruntime end to end": f"not run: {reason}"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ import numpy as np
 from tmc_export.api._schemes import part_of
 from tmc_export.api.calibration import Seen, observe
 from tmc_export.api.calibration_data import Sample, digest_of
+from tmc_export.api.calibration_kv import SlotsSeen, observed_slots, slot_scales
 from tmc_export.api.eager_program import EagerProgram, eager_program
 from tmc_export.api.sidecars import copy_sidecars
 from tmc_export.bundle.manifest import Manifest
@@ -77,13 +78,21 @@ def calibrate(
     wanted = {name: eager.linears[name] for name in schemes}
     with _session(plan, eager, folder, towers) as session:
         rows = _ROWS if any(s.algorithm == "awq" for s in schemes.values()) else 0
-        seen = observe(session, samples, wanted, progress, rows=rows)
+        heads: SlotsSeen = {}
+        with observed_slots(eager.backend, heads) if _slots(plan) else nullcontext():
+            seen = observe(session, samples, wanted, progress, rows=rows)
         divisors = _divisors(seen, schemes, eager, progress)
         smooth = {name: divisors[name] for name, scheme in schemes.items() if scheme.activations is not None and name in divisors}
         if smooth:
             seen = observe(session, samples, wanted, lambda line: progress(f"{line}, smoothed"), divisors=smooth)
         codes = _codes(session, samples, seen, schemes, eager, progress)
-    return Calibrated(_clips(seen, schemes, given), divisors, codes, digest_of(samples), len(samples))
+    slots = slot_scales(heads, given.observer, given.percentile_used)
+    return Calibrated(_clips(seen, schemes, given), divisors, codes, slots, digest_of(samples), len(samples))
+
+
+def _slots(plan: Plan) -> bool:
+    kv = plan.quantize.get("kv")
+    return kv is not None and needs_calibration("kv", kv) is not None
 
 
 def _schemes(plan: Plan, eager: EagerProgram) -> dict[str, QuantizePlan]:

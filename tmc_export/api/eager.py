@@ -122,14 +122,17 @@ class EagerBackend(HostMemory):
     """Opens the subgraphs of one export.
 
     Args:
-        runnables: by the bundle file that each is the module of; the phases of a block share one.
+        runnables: by the bundle file that each is the module of; the phases of a block share one module.
         weights: per file, identity of a parameter → its name, and where weights are read by that name.
+
+    Attributes:
+        runnables: as given.
     """
 
     name = "eager"
 
     def __init__(self, runnables: Mapping[str, Runnable], weights: Mapping[str, tuple[Mapping[int, str], WeightCache]]) -> None:
-        self._runnables, self._weights = runnables, weights
+        self.runnables, self._weights = runnables, weights
         self._graphs: dict[str, EagerGraph] = {}
 
     def graph(self, file: str) -> EagerGraph:
@@ -138,11 +141,11 @@ class EagerBackend(HostMemory):
         Raises:
             ExportError: nothing was traced for it.
         """
-        if file not in self._runnables:
-            raise ExportError(f"no module was traced for {file}; traced are: {', '.join(sorted(self._runnables))}")
+        if file not in self.runnables:
+            raise ExportError(f"no module was traced for {file}; traced are: {', '.join(sorted(self.runnables))}")
         if file not in self._graphs:
             names, cache = self._weights[file]
-            self._graphs[file] = EagerGraph(self._runnables[file], lambda m: materialized(m, names, cache))
+            self._graphs[file] = EagerGraph(self.runnables[file], lambda m: materialized(m, names, cache))
         return self._graphs[file]
 
 

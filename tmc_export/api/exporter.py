@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tmc_export.api._schemes import GraphKind, PartSchemes
+from tmc_export.api._slot_codes import quantize_slots, slot_codes
 from tmc_export.api.eager import Runnable
 from tmc_export.bundle.program import (
     BlockProgram,
@@ -80,6 +81,8 @@ class Exporter:
         write: bool = True,
     ) -> None:
         self.write = write
+        found = found or Calibrated()
+        self.kv = slot_codes(plan, found.slots or None)
         self.runnables: dict[str, Runnable] = {}
         self.towers: dict[str, tuple[nn.Module, TensorSource]] = {}
         self.opset = opset
@@ -93,7 +96,7 @@ class Exporter:
         if write:
             self.onnx.mkdir(parents=True, exist_ok=True)
         self.store = WeightStore(self.onnx)
-        self.schemes = PartSchemes(plan, self.model, self.checkpoint, self.parts, found or Calibrated())
+        self.schemes = PartSchemes(plan, self.model, self.checkpoint, self.parts, found)
         self.profiles: list[dict[str, Any]] = []
         self.handed: dict[int, list[Handed]] = {}  # recipe entry -> what its last stage so far left for another graph
 
@@ -214,6 +217,7 @@ class Exporter:
         inputs, symbols = self._block_inputs(plan, module.needs_last)
         names = module.input_names()
         model = self._trace(module, inputs, names, module.output_names, symbols)
+        quantize_slots(model, self.kv, self.plan.dtype)
         phases: dict[PhaseName, tuple[int, int]] = {
             "prefill": (plan.tokens, 0), "chunk": (self.plan.chunk, plan.capacity), "decode": (1, plan.capacity),
         }  # fmt: skip
@@ -309,6 +313,7 @@ class Exporter:
         inputs = [*self._cut_inputs(module, plan), *self._texts(towers, self.plan.batch * self.plan.images)]
         model = self._trace(module, inputs, module.input_names(), module.output_names, [None] * len(inputs))
         self._hand_on(module.states)
+        quantize_slots(model, self.kv, self.plan.dtype)
         file = self._save(model, name, {}, "compress", f"{name}.data")
         self.profiles.append({"name": name, "onnx": file, "precision": self.plan.dtype, "profiles": [{"name": "static", "shapes": {}}]})
         return CutProgram(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from tmc_export.bundle.program import SlotCodes
 from tmc_export.families._contract import ModelFiles
 from tmc_export.plan._weights import weight_bytes
 from tmc_export.plan.types import Plan
@@ -18,7 +19,13 @@ _HEADROOM = 1.4
 
 
 def record_reference(
-    folder: Path, plan: Plan, files: ModelFiles, bundle: Path, fit: str | None, progress: Callable[[str], None]
+    folder: Path,
+    plan: Plan,
+    files: ModelFiles,
+    bundle: Path,
+    fit: str | None,
+    progress: Callable[[str], None],
+    codes: SlotCodes | None = None,
 ) -> str | None:
     """Let the PyTorch reference answer made-up conversations and keep its outputs in `<bundle>/parity/`.
 
@@ -29,6 +36,7 @@ def record_reference(
         bundle: the folder that is being made.
         fit: the recipe's picture rule.
         progress: one line per step.
+        codes: how the bundle keeps keys and values.
 
     Returns:
         Why it did not run, or None.
@@ -44,7 +52,7 @@ def record_reference(
         progress(f"the reference was not recorded: {reason}")
         return reason
     progress("record the reference's answers")
-    record(folder, plan, files, bundle, fit)
+    record(folder, plan, files, bundle, fit, codes=codes)
     return None
 
 

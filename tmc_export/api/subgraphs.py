@@ -53,7 +53,8 @@ def export_subgraphs(
 
     Raises:
         ModelError: weights are missing or damaged.
-        ExportError: a part cannot be lowered.
+        LegalityError: the plan's slots are int8, and no scales are given.
+        ExportError: a part cannot be lowered, or scales do not belong to the plan.
     """
     work = Exporter(plan, files, folder, config, out, fit, opset, progress, found)
     return Exported(program_of(work, towers), work.profiles)
@@ -75,5 +76,5 @@ def program_of(work: Exporter, towers: Mapping[str, Path]) -> Program:
         position_rule=work.family.position_rule(files), text_tokens=plan.text_tokens, new_tokens=plan.new_tokens,
         chunk=plan.chunk, turns=plan.turns, memory_tight=plan.memory_tight,
         image_token=rules.image, image_text=rules.image_text, eos=rules.eos, vision=vision, embed=embed, blocks=blocks, cuts=cuts,
-        towers=texts,
+        towers=texts, kv=work.kv,
     )  # fmt: skip

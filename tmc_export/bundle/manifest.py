@@ -59,7 +59,7 @@ class Manifest(BaseModel):
 
     @property
     def schemes(self) -> frozenset[str]:
-        """The weight schemes of the recorded plan."""
+        """The weight schemes of the recorded plan; slots hold no weights, and `Program.kv` has what they hold."""
         return frozenset(str(part["weights"]) for part in self._parts())
 
     @property
@@ -70,4 +70,5 @@ class Manifest(BaseModel):
 
     def _parts(self) -> list[dict[str, JsonValue]]:
         quantize = self.plan.get("quantize")
-        return [p for p in quantize.values() if isinstance(p, dict) and "weights" in p] if isinstance(quantize, dict) else []
+        parts = [part for name, part in quantize.items() if name != "kv"] if isinstance(quantize, dict) else []
+        return [part for part in parts if isinstance(part, dict) and "weights" in part]

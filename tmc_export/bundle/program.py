@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveFloat
 
-__all__ = ["BlockProgram", "CutProgram", "GraphPhase", "PhaseName", "Program", "RowSum", "StateProgram", "TowerProgram", "VisionProgram"]
+__all__ = [
+    "BlockProgram", "CutProgram", "GraphPhase", "PhaseName", "Program", "RowSum", "SlotCodes", "StateProgram", "TowerProgram",
+    "VisionProgram",
+]  # fmt: skip
 
 PhaseName = Literal["prefill", "chunk", "decode"]
 
@@ -101,6 +104,18 @@ class RowSum(_Frozen):
     heads: Literal["mean", "max", "sum", "none"]
 
 
+class SlotCodes(_Frozen):
+    """Keys and values lie in the slots as codes: a row is its codes times the scale of its KV head.
+
+    Attributes:
+        dtype: of the codes, numpy's name.
+        scales: `<layer>.key` and `<layer>.value` → a scale per KV head, `[g]`.
+    """
+
+    dtype: Literal["int8"]
+    scales: dict[str, tuple[PositiveFloat, ...]]
+
+
 class BlockProgram(_Frozen):
     """A run of decoder layers `[first, last)` with its static graphs.
 
@@ -157,11 +172,12 @@ class Program(_Frozen):
     """Everything the runtime needs besides the graphs and the tokenizer.
 
     Attributes:
-        dtype: of hidden states and KV: float32 or float16.
+        dtype: of hidden states, and of KV without codes: float32 or float16.
         position_rule: how rotary positions are counted.
         image_token, image_text, eos: token rules.
         memory_tight: the CPU path keeps one copy of the weights and is slower.
         towers: text encoders of their own, each with its tokenizer.
+        kv: how keys and values are stored; None: in `dtype`, as they are.
     """
 
     family: str
@@ -188,6 +204,12 @@ class Program(_Frozen):
     blocks: tuple[BlockProgram, ...]
     cuts: tuple[CutProgram, ...]
     towers: tuple[TowerProgram, ...] = ()
+    kv: SlotCodes | None = None
+
+    @property
+    def slot_dtype(self) -> str:
+        """Numpy's name of what the slots hold."""
+        return self.dtype if self.kv is None else self.kv.dtype
 
     @property
     def barrier(self) -> int:

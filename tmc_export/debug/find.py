@@ -152,12 +152,23 @@ def _order(bundle: Path, manifest: Manifest, subgraph: str | None) -> list[str]:
 def _good(
     bundle: Path, manifest: Manifest, against: Path | None, model: Path | None, folder: Path | None, progress: Callable[[str], None]
 ) -> Iterator[_Good]:
+    if against is not None:
+        _check_slots(bundle, manifest, against)
     if model is not None:
         yield from _from_checkpoint(bundle, manifest, against, model, folder, progress)
     elif against is not None:
         yield _from_bundle(bundle, against, progress)
     else:
         yield _from_itself(bundle, manifest, progress)
+
+
+def _check_slots(bundle: Path, manifest: Manifest, against: Path) -> None:
+    """Refuse a bundle whose graphs take keys and values of another type: neither can be fed with what the other one is."""
+    mine, other = manifest.program.slot_dtype, open_manifest(against).program.slot_dtype
+    if mine != other:
+        raise RuntimeInputError(
+            f"{bundle} keeps keys and values in {mine}, {against} in {other}; compare with a bundle of the same quantize.kv"
+        )
 
 
 def _from_itself(bundle: Path, manifest: Manifest, progress: Callable[[str], None]) -> _Good:

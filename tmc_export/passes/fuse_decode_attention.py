@@ -2,7 +2,9 @@
 
 Before, per layer: the joined projection's `Split → q, k, v`, Reshapes, two rotary embeddings, two `ScatterND` into the slots, and
 `Softmax(q·Kᵀ·scale + mask)·V`, some twenty nodes that cost more to start than to compute.
-After: `com.microsoft::GroupQueryAttention(qkv, K slots, V slots)`, which does the same.
+After: `com.microsoft::GroupQueryAttention(qkv, K slots, V slots)`, which does the same. Slots of int8 codes (`quantize_slots`)
+stay codes: the operator rounds the new row, attends with it as it is stored, and widens codes as it multiplies. It takes a scale per KV
+head and channel, so that each is given its head's.
 
 Only for bundles that onnxruntime runs: TensorRT knows no such operator, and the graphs of `engines/` never have it. What it takes for
 granted holds in a decode step without sliding windows: the slots are filled in order and every filled one is seen. It rotates with row
@@ -44,21 +46,36 @@ class _Rotation:
 
 
 @dataclass(frozen=True)
+class _Filled:
+    """A tensor of slots that gets a row.
+
+    Attributes:
+        node: the ScatterND.
+        new: the row, before it is rounded to codes.
+        scales: of the codes, `[g]`; None where the slots hold the row as it is.
+    """
+
+    node: ir.Node
+    new: ir.Value | None
+    scales: ir.Value | None = None
+
+
+@dataclass(frozen=True)
 class _Attention:
     """What one layer's attention reads.
 
     Attributes:
         end: the Reshape to `[1, 1, h·d]` that returns it.
         packed: `[1, 1, (h + 2g)·d]`, the joined projection.
-        key, value: the ScatterND nodes that fill the slots `[1, g, C, d]`.
+        key, value: what fills the slots `[1, g, C, d]`.
         rotation: of the query; the key's has the same factors.
         scale: of the scores.
     """
 
     end: ir.Node
     packed: ir.Value
-    key: ir.Node
-    value: ir.Node
+    key: _Filled
+    value: _Filled
     rotation: _Rotation
     scale: float
 
@@ -129,14 +146,14 @@ def _attention(softmax: ir.Node) -> _Attention | None:
     if scores is None or mixed is None or mixed.op_type != "MatMul":
         return None
     turned, end = made_by(scores.inputs[1], "Transpose"), _only_reader(mixed.outputs[0])
-    key = made_by(turned.inputs[0], "ScatterND") if turned is not None and turned.attributes.get_ints("perm", []) == (0, 1, 3, 2) else None
-    value, query = made_by(mixed.inputs[1], "ScatterND"), _query(scores.inputs[0])
+    key = _filled(turned.inputs[0]) if turned is not None and turned.attributes.get_ints("perm", []) == (0, 1, 3, 2) else None
+    value, query = _filled(mixed.inputs[1]), _query(scores.inputs[0])
     if key is None or value is None or query is None or end is None or end.op_type != "Reshape":
         return None
-    rotated = made_by(key.inputs[2], "Add")
+    rotated = made_by(key.new, "Add")
     other = _rotation(rotated) if rotated is not None else None
-    heads = made_by(value.inputs[2], "Reshape")
-    if other is None or heads is None or other.factors != query[0].factors:
+    heads = made_by(value.new, "Reshape")
+    if other is None or heads is None or other.factors != query[0].factors or (key.scales is None) != (value.scales is None):
         return None
     parts = [query[0].shaped.inputs[0], other.shaped.inputs[0], heads.inputs[0]]
     split = made_by(parts[0], "Split")
@@ -146,9 +163,21 @@ def _attention(softmax: ir.Node) -> _Attention | None:
     return found if _fits(found) else None
 
 
+def _filled(value: ir.Value | None) -> _Filled | None:
+    """The ScatterND behind slots as attention reads them, directly or widened from codes."""
+    widened = made_by(value, "DequantizeLinear")
+    node = made_by(value if widened is None else widened.inputs[0], "ScatterND")
+    if node is None or widened is None:
+        return None if node is None else _Filled(node, node.inputs[2])
+    rounded, scales = made_by(node.inputs[2], "QuantizeLinear"), widened.inputs[1]
+    if rounded is None or scales is None or rounded.inputs[1] is not scales or not scales.is_initializer():
+        return None
+    return _Filled(node, rounded.inputs[0], scales)
+
+
 def _fits(found: _Attention) -> bool:
     """One sequence, whole heads rotated by halves, the high half first, and the sine with the sign that `SignRotationPass` gave it."""
-    packed, out, slots = sizes(found.packed), sizes(found.end.outputs[0]), sizes(found.key.outputs[0])
+    packed, out, slots = sizes(found.packed), sizes(found.end.outputs[0]), sizes(found.key.node.outputs[0])
     if packed is None or out is None or slots is None or packed[:-1] != (1, 1) or out[:-1] != (1, 1) or slots[-1] % 16:
         return False
     starts = [half.inputs[1] for half in found.rotation.halves]
@@ -204,7 +233,7 @@ class _Tables:
 
 
 def _fuse(graph: ir.Graph, found: _Attention, tables: _Tables) -> None:
-    slots = sizes(found.key.outputs[0]) or ()
+    slots = sizes(found.key.node.outputs[0]) or ()
     cos, signed = found.rotation.factors
     signing = made_by(signed, "Mul")
     sine = signing.inputs[0] if signing is not None else None
@@ -213,25 +242,43 @@ def _fuse(graph: ir.Graph, found: _Attention, tables: _Tables) -> None:
         _DOMAIN,
         _OPERATOR,
         [
-            found.packed, None, None, found.key.inputs[0], found.value.inputs[0], tables.filled,
+            found.packed, None, None, found.key.node.inputs[0], found.value.node.inputs[0], tables.filled,
             constant(graph, "slots.count", slots[2], np.int32),
-            tables.table(cos, slots[2]), tables.table(signed if sine is None else sine, slots[2]),
+            tables.table(cos, slots[2]), tables.table(signed if sine is None else sine, slots[2]), *_scales(graph, found, slots),
         ],
         [
             ir.AttrInt64("num_heads", heads), ir.AttrInt64("kv_num_heads", slots[1]), ir.AttrFloat32("scale", found.scale),
-            ir.AttrInt64("do_rotary", 1), ir.AttrInt64("rotary_interleaved", 0),
+            ir.AttrInt64("do_rotary", 1), ir.AttrInt64("rotary_interleaved", 0), *_told(found),
         ],
         num_outputs=3,
     )  # fmt: skip
     graph.insert_before(found.end, node)
     _widen_bias(graph, found.packed)
-    for out, old in zip(node.outputs, (found.end.outputs[0], found.key.outputs[0], found.value.outputs[0]), strict=True):
+    for out, old in zip(node.outputs, (found.end.outputs[0], found.key.node.outputs[0], found.value.node.outputs[0]), strict=True):
         out.name, out.shape, out.type = f"{old.name}.fused", old.shape, old.type
     replace(graph, found.end, node.outputs[0])
-    for old_node, out in ((found.key, node.outputs[1]), (found.value, node.outputs[2])):
+    for old_node, out in ((found.key.node, node.outputs[1]), (found.value.node, node.outputs[2])):
         name = old_node.outputs[0].name
         old_node.outputs[0].replace_all_uses_with(out, replace_graph_outputs=True)
         old_node.outputs[0].name, out.name = f"{name}.scattered", name
+
+
+def _told(found: _Attention) -> list[ir.Attr]:
+    """Attributes that tell the operator of int8 slots."""
+    if found.key.scales is None:
+        return []
+    return [*(ir.AttrString(f"{kind}_quant_type", "PER_CHANNEL") for kind in "kv"), ir.AttrInt64("kv_cache_bit_width", 8)]
+
+
+def _scales(graph: ir.Graph, found: _Attention, slots: tuple[int, ...]) -> list[ir.Value | None]:
+    """The inputs behind the rotary tables, up to the scales of keys and values, each `[1, g, 1, d]`; none where slots hold no codes."""
+    inputs: list[ir.Value | None] = []
+    for filled in (found.key, found.value):
+        if filled.scales is not None and filled.scales.const_value is not None:
+            each = filled.scales.const_value.numpy().reshape(1, -1, 1, 1)
+            wide = np.broadcast_to(each, (1, slots[1], 1, slots[3]))
+            inputs.append(constant(graph, f"{filled.scales.name}.channels", wide, np.float32))
+    return [None, None, None, *inputs] if inputs else []  # positions, bias and sinks lie between
 
 
 def _widen_bias(graph: ir.Graph, packed: ir.Value) -> None:

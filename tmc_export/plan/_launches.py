@@ -27,6 +27,9 @@ __all__ = ["Launch", "Part", "cut_launch", "decode_launches", "kv_bytes", "promp
 Part = Literal["encoder", "prefill", "decode"]
 """The three shares of an answer's time; the projector counts to the encoder, cuts to the prefill."""
 
+_SLOT_WIDTHS = {"fp16": 2, "int8": 1, "fp8": 1}
+"""Bytes of a key's or value's number in the slots; the scales of codes, one per layer and head, do not count."""
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -48,8 +51,8 @@ class Launch:
 
 def slot_bytes(plan: Plan) -> int:
     """Bytes of keys and values of one token in one layer, for the whole batch: 2 · kv_heads · head_dim · width."""
-    d = plan.facts.decoder
-    wide = 2 if "kv" in plan.quantize else WIDTHS[plan.dtype]
+    d, kv = plan.facts.decoder, plan.quantize.get("kv")
+    wide = WIDTHS[plan.dtype] if kv is None else _SLOT_WIDTHS[kv.weights]
     return plan.batch * 2 * d.kv_heads * d.head_dim * wide
 
 

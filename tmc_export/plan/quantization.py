@@ -20,6 +20,7 @@ __all__ = [
     "check_calibration",
     "check_capability",
     "check_precisions",
+    "check_slots",
     "needs_calibration",
     "refuse_capability",
     "refuse_precision",
@@ -62,9 +63,11 @@ class _NotBuilt:
     says: str
 
 
+_FP8_SLOTS = "{value} slots are not built yet: onnxruntime's CPU path does not fill slots of fp8; write weights: int8"
+
 NOT_BUILT = (
     _NotBuilt("activations", lambda _, s: s.activations == "nvfp4", "{value} activations are not built yet; remove it: weight-only"),
-    _NotBuilt("weights", lambda part, s: part == "kv" and s.weights != "fp16", "{value} slots are not built yet; write weights: fp16"),
+    _NotBuilt("weights", lambda part, s: part == "kv" and s.weights == "fp8", _FP8_SLOTS),
 )  # fmt: skip
 """What is refused because it is not built. Whoever builds it takes its line out."""
 
@@ -87,6 +90,21 @@ def check_built(recipe: Recipe) -> None:
             if missing.meant(part, scheme):
                 place, value = recipe.origin(("quantize", part, missing.key)), getattr(scheme, missing.key)
                 raise LegalityError(f"{place}: quantize.{part}.{missing.key}: {missing.says.format(value=value)}")
+
+
+def check_slots(recipe: Recipe) -> None:
+    """Refuse codes in the slots where the runtime does not take them.
+
+    Raises:
+        LegalityError: at the line of the scheme.
+    """
+    kv, runtime = recipe.quantize.kv, recipe.target.runtime
+    if kv is not None and kv.weights == "int8" and runtime != "onnxruntime":
+        instead = "write weights: fp16" if recipe.model.dtype == "float16" else "remove quantize.kv"
+        raise LegalityError(
+            f"{recipe.origin(('quantize', 'kv', 'weights'))}: quantize.kv.weights: int8 slots are built for runtime: onnxruntime, not for "
+            f"{runtime}: no engine was tried that fills slots with codes; {instead}, or write target.runtime: onnxruntime"
+        )
 
 
 def needs_calibration(part: str, scheme: _Scheme) -> str | None:

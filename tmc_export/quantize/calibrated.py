@@ -23,6 +23,7 @@ class Calibrated:
         divisors: weight → float32 `[K]`, above 0: its input channels are divided by them and its rows multiplied. Weights that read one
             input have one array.
         codes: weight → int4 codes `[K, N]` (int8, in [-8, 7]) and their scales `[K / block, N]`, where GPTQ chose them.
+        slots: `<layer>.key` and `<layer>.value` → the scale of each KV head's codes, where slots hold codes.
         digest: of the data; "" without any.
         samples: questions answered.
     """
@@ -30,5 +31,6 @@ class Calibrated:
     clips: Mapping[str, float] = field(default_factory=dict)
     divisors: Mapping[str, Array] = field(default_factory=dict)
     codes: Mapping[str, tuple[Array, Array]] = field(default_factory=dict)
+    slots: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     digest: str = ""
     samples: int = 0

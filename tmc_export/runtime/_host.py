@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tmc_export.core.errors import BundleError
 from tmc_export.runtime._backend import Held
 
 if TYPE_CHECKING:
@@ -68,9 +69,16 @@ class HostSlots:
         self.tensors = self._buffers
 
     def append(self, present: Mapping[str, Held], start: int, count: int) -> None:
-        """Write the first `count` new rows into the slots from `start` on."""
+        """Write the first `count` new rows into the slots from `start` on.
+
+        Raises:
+            BundleError: rows are of another type than the slots.
+        """
         for name, buffer in self._buffers.items():
-            buffer[:, :, start : start + count] = np.asarray(present[name.replace("past_key_values.", "present.", 1)])[:, :, :count]
+            rows = np.asarray(present[name.replace("past_key_values.", "present.", 1)])
+            if rows.dtype != buffer.dtype:
+                raise BundleError(f"new rows of {rows.dtype} do not fit slots of {buffer.dtype}; build the bundle again")
+            buffer[:, :, start : start + count] = rows[:, :, :count]
 
     def move(self, start: int, chosen: Array) -> None:
         """Bring the rows of the slots `chosen` to the slots from `start` on."""

@@ -23,6 +23,8 @@ __all__ = ["BlockSlots"]
 class BlockSlots:
     """Slots `[1, g, C, d]` per layer of a block, and on the host what lies in them.
 
+    Where the bundle keeps codes (`Program.kv`) they are moved as they are; only graphs widen them.
+
     Args:
         block: the block.
         program: the bundle's.
@@ -39,7 +41,7 @@ class BlockSlots:
         self.block, self._axes = block, program.rope_axes
         shape = (1, program.kv_heads, block.capacity, program.head_dim)
         names = [f"past_key_values.{i}.{kind}" for i in range(block.first, block.last) for kind in ("key", "value")]
-        self._store = (HostMemory() if backend is None else backend).slots(names, shape, program.dtype)
+        self._store = (HostMemory() if backend is None else backend).slots(names, shape, program.slot_dtype)
         self.order: Array = np.zeros((1, block.capacity), np.int64)
         self.valid: Array = np.zeros((1, block.capacity), np.bool_)
         self.used = 0

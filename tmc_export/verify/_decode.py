@@ -5,18 +5,19 @@ Legend: T new tokens, s keys, n candidates, k kept, c channels, r rotary axes, g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from tmc_export.bundle.program import SlotCodes
 from tmc_export.core.errors import ExportError, RuntimeInputError
 from tmc_export.graphs._contract import Attention, Context, Need, TextEmbeds
 from tmc_export.plan.types import CutPlan, Plan, StagePlan
 from tmc_export.verify._apply import apply_stage
+from tmc_export.verify._cache import Cache
 from tmc_export.verify._learned import MethodWeights
 from tmc_export.verify._queries import queries_of
 from tmc_export.verify._rows import LayerMap, picked_rows
@@ -24,46 +25,9 @@ from tmc_export.verify._sequence import Tokens, leave, number_candidates, rows_t
 from tmc_export.verify._towers import ReferenceModel
 from tmc_export.verify._trace import BlockTrace, StageTrace
 
-__all__ = ["Cache", "Decoder", "Watcher"]
+__all__ = ["Decoder", "Watcher"]
 
 Watcher = Callable[[LayerMap, Tokens], Tensor | None]
-
-
-class Cache:
-    """Keys and values per layer, and the place in the conversation of every row. Layers call `update` as they call transformers' caches."""
-
-    def __init__(self, layers: int) -> None:
-        self.keys: list[Tensor | None] = [None] * layers
-        self.values: list[Tensor | None] = [None] * layers
-        self.orders = [torch.zeros(0, dtype=torch.int64) for _ in range(layers)]
-        self.storing = True
-
-    def update(self, key: Tensor, value: Tensor, layer: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Append `[1, g, T, d]` and return all rows; nothing is stored inside `peeking`."""
-        old_key, old_value = self.keys[layer], self.values[layer]
-        if old_key is not None and old_value is not None:
-            key, value = torch.cat([old_key, key], 2), torch.cat([old_value, value], 2)
-        if self.storing:
-            self.keys[layer], self.values[layer] = key, value
-        return key, value
-
-    @contextmanager
-    def peeking(self) -> Iterator[None]:
-        """Let a layer see the cache without leaving anything in it."""
-        self.storing = False
-        try:
-            yield
-        finally:
-            self.storing = True
-
-    def prune(self, layer: int, gone: Tensor) -> None:
-        """Take the rows whose places are in `gone` out of a layer."""
-        keep = ~torch.isin(self.orders[layer], gone)
-        key, value = self.keys[layer], self.values[layer]
-        if key is None or value is None:
-            raise ExportError(f"KV rows of decoder layer {layer} are to be pruned before that layer has run; only earlier layers can be")
-        self.keys[layer], self.values[layer] = key[:, :, keep], value[:, :, keep]
-        self.orders[layer] = self.orders[layer][keep]
 
 
 @dataclass
@@ -88,10 +52,13 @@ class Decoder:
         noise: see `apply_stage`.
         trace: report the prompt at every block.
         learned: the weights of learned methods.
+        codes: how the cache keeps rows; see `Cache`.
     """
 
-    def __init__(self, model: ReferenceModel, plan: Plan, noise: float, trace: bool, learned: MethodWeights) -> None:
-        self.model, self.plan, self.noise, self.trace, self.learned = model, plan, noise, trace, learned
+    def __init__(
+        self, model: ReferenceModel, plan: Plan, noise: float, trace: bool, learned: MethodWeights, codes: SlotCodes | None = None
+    ) -> None:
+        self.model, self.plan, self.noise, self.trace, self.learned, self.codes = model, plan, noise, trace, learned, codes
         self.cuts = {c.layer: c for c in plan.cuts}
         self.starts = {b.first: b for b in plan.blocks}
         self.ends = {b.last - 1 for b in plan.blocks}
@@ -136,7 +103,7 @@ class Decoder:
 
     def reset(self) -> None:
         """Forget the conversation."""
-        self.cache = Cache(len(self.model.text.layers))
+        self.cache = Cache(len(self.model.text.layers), self.codes)
         self.since = 0
         self._since = torch.zeros(0, dtype=torch.int64)
         self.places = 0

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tmc_export.bundle.program import SlotCodes
 from tmc_export.plan.types import Plan, VisionPlan
 from tmc_export.runtime._chat import expand_image_tokens
 from tmc_export.verify.compare import Check, compare_indices, compare_logits, compare_tensor
@@ -18,7 +19,7 @@ from tmc_export.verify.recorded import Case, CaseTurn
 from tmc_export.verify.reference import Reference, ReferenceTurn
 from tmc_export.verify.tolerances import FLOAT16_MAX, Tolerance, margin_bound, tolerance
 
-__all__ = ["compare_half", "compare_with_generate", "compare_with_recorded", "uncompressed"]
+__all__ = ["compare_half", "compare_with_generate", "compare_with_plain_slots", "compare_with_recorded", "uncompressed"]
 
 
 def uncompressed(plan: Plan) -> Plan:
@@ -72,7 +73,9 @@ def _generate(reference: Reference, turn: CaseTurn, ids: Any, group: torch.Tenso
     return [int(t) for t in out.sequences[0, given.shape[1] :]], torch.cat(out.logits).float().numpy()
 
 
-def compare_with_recorded(model: Path, plan: Plan, cases: Sequence[Case], table: Tolerance) -> Iterator[Check]:
+def compare_with_recorded(
+    model: Path, plan: Plan, cases: Sequence[Case], table: Tolerance, codes: SlotCodes | None = None
+) -> Iterator[Check]:
     """Answer the recorded conversations again, along the recorded answers, and compare visual tokens, kept indices and logits.
 
     Args:
@@ -80,8 +83,9 @@ def compare_with_recorded(model: Path, plan: Plan, cases: Sequence[Case], table:
         plan: the bundle's plan.
         cases: what the bundle recorded.
         table: tolerance.
+        codes: how the bundle keeps keys and values.
     """
-    reference = Reference(model, plan)
+    reference = Reference(model, plan, codes=codes)
     for case in cases:
         reference.reset()
         for number, turn in enumerate(case.turns, start=1):
@@ -93,6 +97,31 @@ def compare_with_recorded(model: Path, plan: Plan, cases: Sequence[Case], table:
             yield from checks
             if any(c.exceptions for c in checks):
                 break
+
+
+def compare_with_plain_slots(model: Path, plan: Plan, cases: Sequence[Case], table: Tolerance) -> Iterator[Check]:
+    """Compare the answers of a cache of codes with those of one that keeps keys and values as they are: what the codes cost.
+
+    Behind a cut that keeps other tokens for rounded keys, nothing is compared.
+
+    Args:
+        model: the checkpoint.
+        plan: the bundle's plan.
+        cases: answered by a reference with codes.
+        table: tolerance.
+    """
+    reference = Reference(model, plan)
+    for case in cases:
+        reference.reset()
+        for number, turn in enumerate(case.turns, start=1):
+            ids, group = expand_image_tokens(turn.ids, plan.facts.image_token, reference.visual_tokens(turn.pixels, turn.buckets))
+            forced = turn.expected.tokens
+            plain = reference.turn(turn.pixels, ids, group.astype(np.int64), forced=forced, buckets=turn.buckets, text=turn.text)
+            name = f"{case.name}/turn {number}/logits beside plain slots"
+            if [s.kept.tolist() for s in plain.stages] != [s.kept.tolist() for s in turn.expected.stages]:
+                yield Check(name, None, True, "left out: rounded keys keep other tokens")
+                break
+            yield compare_logits(name, turn.expected.logits, plain.logits, table)
 
 
 def _same_turn(name: str, got: ReferenceTurn, want: ReferenceTurn, table: Tolerance) -> Iterator[Check]:
@@ -112,7 +141,7 @@ def _same_turn(name: str, got: ReferenceTurn, want: ReferenceTurn, table: Tolera
     yield compare_logits(f"{name}/logits", got.logits, want.logits, table)
 
 
-def compare_half(model: Path, plan: Plan, case: Case, *, judged: bool) -> tuple[list[Check], str]:
+def compare_half(model: Path, plan: Plan, case: Case, *, judged: bool, codes: SlotCodes | None = None) -> tuple[list[Check], str]:
     """Answer a turn in torch's half precision, record the largest magnitude of every operator, and compare with float32.
 
     Args:
@@ -120,15 +149,16 @@ def compare_half(model: Path, plan: Plan, case: Case, *, judged: bool) -> tuple[
         plan: the bundle's plan.
         case: its first turn is used.
         judged: an overflow is a failure; without it (activations stay in float32) it is only said.
+        codes: how the bundle keeps keys and values.
 
     Returns:
         The checks, and a line for the report.
     """
     turn = case.turns[0]
-    reference = Reference(model, plan)
+    reference = Reference(model, plan, codes=codes)
     ids, group = expand_image_tokens(turn.ids, plan.facts.image_token, reference.visual_tokens(turn.pixels, turn.buckets))
     exact = reference.turn(turn.pixels, ids, group.astype(np.int64), forced=turn.expected.tokens, buckets=turn.buckets, text=turn.text)
-    lower = Reference(model, plan, dtype="float16")
+    lower = Reference(model, plan, dtype="float16", codes=codes)
     modules = {name: module for name, module in lower.model.whole.named_modules() if name}
     with RangeRecorder(modules) as recorder:
         half = lower.turn(turn.pixels, ids, group.astype(np.int64), forced=turn.expected.tokens, buckets=turn.buckets, text=turn.text)

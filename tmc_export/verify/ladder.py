@@ -120,7 +120,7 @@ def saved_ladder(bundle: Path, outputs: Path, progress: Progress = lambda _: Non
 def precision_of_manifest(manifest: Manifest) -> Precision:
     """Return the row of the tolerance tables; as `precision_of`, from the recorded plan."""
     grades = {grade(weights, activations) for weights, activations in manifest.rounding}
-    return coarsest(grades, str(manifest.plan.get("dtype")))
+    return coarsest(grades, str(manifest.plan.get("dtype")), manifest.program.kv is not None)
 
 
 def _foreign(manifest: Manifest) -> str | None:
@@ -193,7 +193,7 @@ def traced_cases(manifest: Manifest, model: Path, steps: int = 8, recipe_folder:
 
     _check_checkpoint(manifest, model)
     plan, files, fit = _plan(manifest, model, recipe_folder)
-    reference = Reference(model, plan, trace=True)
+    reference = Reference(model, plan, trace=True, codes=manifest.program.kv)
     return plan, tuple(answer(reference, script, plan, steps) for script in made_up_scripts(model, plan, files, fit))
 
 
@@ -259,15 +259,20 @@ def _hugging_face(shared: _Climb) -> list[Rung]:
 
 def _with_plan(shared: _Climb) -> list[Rung]:
     """The reference with the plan against what was recorded when the bundle was built."""
-    from tmc_export.verify.against import compare_with_recorded
+    from tmc_export.verify.against import compare_with_plain_slots, compare_with_recorded
 
     recorded = list(read_cases(shared.bundle))
     if not recorded:
         return [
             not_run(RUNGS[2], "the bundle holds no recorded conversations to compare with; later rungs compare with the reference itself")
         ]
-    checks = list(compare_with_recorded(shared.model, shared.plan, recorded, tolerance("eager", "float32")))
-    return [rung_of(RUNGS[2], checks, "the reference with the plan, against the bundle's recorded outputs")]
+    codes = shared.manifest.program.kv
+    table = tolerance("eager", "float32") if codes is None else tolerance("end_to_end", "int8 slots")  # other machines turn other codes
+    checks, note = list(compare_with_recorded(shared.model, shared.plan, recorded, table, codes)), ""
+    if codes is not None:
+        checks += compare_with_plain_slots(shared.model, shared.plan, shared.cases, tolerance("end_to_end", "int8"))
+        note = f", and what {codes.dtype} slots cost"
+    return [rung_of(RUNGS[2], checks, f"the reference with the plan, against the bundle's recorded outputs{note}")]
 
 
 def _per_subgraph(shared: _Climb) -> list[Rung]:
@@ -289,5 +294,6 @@ def _half_range(shared: _Climb) -> Rung:
     """Largest magnitudes in float32, and the same conversation in torch's half precision."""
     from tmc_export.verify.against import compare_half
 
-    checks, note = compare_half(shared.model, shared.plan, shared.cases[-1], judged=shared.plan.dtype == "float16")
+    judged, codes = shared.plan.dtype == "float16", shared.manifest.program.kv
+    checks, note = compare_half(shared.model, shared.plan, shared.cases[-1], judged=judged, codes=codes)
     return rung_of(RUNGS[5], checks, note)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tmc_export.bundle.program import SlotCodes
 from tmc_export.core.image_rule import ImageRule
 from tmc_export.families import family_of
 from tmc_export.families._contract import ModelFiles
@@ -150,7 +151,13 @@ def answer(reference: Reference, script: Script, plan: Plan, steps: int = STEPS)
 
 
 def record(
-    folder: Path, plan: Plan, files: ModelFiles, bundle: Path, fit: str | None = None, pictures: Sequence[ImageLike] = ()
+    folder: Path,
+    plan: Plan,
+    files: ModelFiles,
+    bundle: Path,
+    fit: str | None = None,
+    pictures: Sequence[ImageLike] = (),
+    codes: SlotCodes | None = None,
 ) -> list[str]:
     """Answer made-up conversations with the reference and write them into `<bundle>/parity/`.
 
@@ -161,6 +168,7 @@ def record(
         bundle: the bundle, or the folder it is being made in.
         fit: the recipe's picture rule.
         pictures: use these before made-up ones.
+        codes: how the bundle keeps keys and values.
 
     Returns:
         Names of the files within the bundle.
@@ -170,7 +178,7 @@ def record(
     """
     from tmc_export.verify.reference import Reference
 
-    reference = Reference(folder, plan)
+    reference = Reference(folder, plan, codes=codes)
     scripts = made_up_scripts(folder, plan, files, fit, pictures)
     paths = [write_case(bundle / FOLDER, answer(reference, script, plan)) for script in scripts]
     return [p.relative_to(bundle).as_posix() for p in paths]

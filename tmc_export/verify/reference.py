@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tmc_export.bundle.program import SlotCodes
 from tmc_export.core.errors import RuntimeInputError
 from tmc_export.graphs._contract import Need
 from tmc_export.plan.types import Plan, VisionPlan
@@ -52,6 +53,7 @@ class Reference:
         dtype: `float32`, or `float16` to look at half-precision arithmetic.
         trace: report the prompt at every block (`ReferenceTurn.blocks`).
         loaded: the `model` of a closed reference, of this dtype, to be used again.
+        codes: the bundle keeps keys and values as codes: so does the reference, and attention sees them rounded. Its weights never are.
 
     Raises:
         ModelError: the checkpoint cannot be loaded, or its kind has no reference.
@@ -65,6 +67,7 @@ class Reference:
         dtype: Literal["float32", "float16"] = "float32",
         trace: bool = False,
         loaded: ReferenceModel | None = None,
+        codes: SlotCodes | None = None,
     ) -> None:
         self.plan = plan
         self.dtype = torch.float16 if dtype == "float16" else torch.float32
@@ -72,7 +75,7 @@ class Reference:
         self.noise = margin_bound(precision_of(plan))
         self._learned = MethodWeights(self.dtype)
         self._texts = TextTowers(plan, self.dtype)
-        self._decoder = Decoder(self.model, plan, self.noise, trace, self._learned)
+        self._decoder = Decoder(self.model, plan, self.noise, trace, self._learned, codes)
         self.reset()
 
     def watch(self, watchers: Mapping[int, Watcher]) -> None:

@@ -20,6 +20,7 @@ from tmc_export.runtime._barrier import since_of
 from tmc_export.runtime._chat import expand_image_tokens
 from tmc_export.runtime._sums import columns_of_turn, pad_columns
 from tmc_export.runtime._text_tower import TextTowers
+from tmc_export.verify._slots import compare_rows, filled_slots
 from tmc_export.verify._states import compare_states, entering_state
 from tmc_export.verify._sums import expected_sums
 from tmc_export.verify._trace import BlockTrace
@@ -157,9 +158,10 @@ class _Runner:
                 yield compare_tensor(f"{label}/hidden", hidden, trace.hidden_out[start:], self.tolerance, spec.file)
             for layer in range(block.first, block.last):
                 for kind, wanted in (("key", trace.keys[layer]), ("value", trace.values[layer])):
-                    present = out.get(f"present.{layer}.{kind}")
+                    present, slot = out.get(f"present.{layer}.{kind}"), f"{layer}.{kind}"
                     got = None if present is None else present[0, :, : count - start]
-                    yield compare_tensor(f"{label}/{kind} {layer}", got, wanted[:, start:], self.tolerance, spec.file)
+                    where, want = f"{label}/{kind} {layer}", wanted[:, start:]
+                    yield compare_rows(where, self.program, slot, got, want, self.tolerance, self.precision, spec.file)
 
     def _run(self, block: BlockProgram, trace: BlockTrace, spec: GraphPhase, start: int) -> dict[str, Array]:
         """Feed a graph with the prompt from `start` on, the rows before it being its past."""
@@ -178,12 +180,12 @@ class _Runner:
         }
         for layer in range(block.first, block.last):
             for kind, rows in (("key", trace.keys[layer]), ("value", trace.values[layer])):
-                feed[f"past_key_values.{layer}.{kind}"] = self._slots(rows[:, :start], past)
+                feed[f"past_key_values.{layer}.{kind}"] = filled_slots(self.program, f"{layer}.{kind}", rows[:, :start], past)
         return self.backend.graph(spec.file).run(feed)
 
-    def _slots(self, rows: Array, slots: int) -> Array:
-        """`[g, T, d]` → `[1, g, slots, d]`."""
-        return self._float(_pad(rows.swapaxes(0, 1), slots).swapaxes(0, 1)[None])
+    def _rows(self, rows: Array, size: int) -> Array:
+        """`[h, T, d]` → `[1, h, size, d]`."""
+        return self._float(_pad(rows.swapaxes(0, 1), size).swapaxes(0, 1)[None])
 
     # -------------------------------------------------------------------------------------------------------------- cuts
     def cut(self, name: str, turn: CaseTurn, cut: CutProgram) -> Iterator[Check]:
@@ -268,10 +270,10 @@ class _Runner:
             if self.program.blocks[cut.before_block - 1].query_rows[layer] == "last":
                 query = self._float(rows[None, :, -1:])
             else:
-                query = self._slots(rows, size)
+                query = self._rows(rows, size)
             feed |= {"slots": _pad(np.arange(count), size)[None], "slot_order": _pad(order, slots)[None]}
             feed |= {"slot_valid": (np.arange(slots) < count)[None], f"query.{layer}": query}
-            feed[f"key.{layer}"] = self._slots(before.keys[layer], slots)
+            feed[f"key.{layer}"] = filled_slots(self.program, f"{layer}.key", before.keys[layer], slots)
         if cut.sums and before is not None:
             layer = cut.layer - 1
             sums = expected_sums(before, layer, self.program.blocks[cut.before_block - 1].row_sums[layer], 0)
@@ -280,7 +282,8 @@ class _Runner:
         if cut.next:
             slots = self.program.blocks[cut.before_block].capacity
             feed |= {"next_order": np.zeros((1, slots), np.int64), "next_valid": np.zeros((1, slots), np.bool_)}
-            feed[f"next_key.{cut.layer}"] = np.zeros((1, self.program.kv_heads, slots, self.program.head_dim), self.program.dtype)
+            shape = (1, self.program.kv_heads, slots, self.program.head_dim)
+            feed[f"next_key.{cut.layer}"] = np.zeros(shape, self.program.slot_dtype)
         return feed
 
 

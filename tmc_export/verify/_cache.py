@@ -1,0 +1,69 @@
+"""The reference's cache: keys and values per layer as tensors that grow, stored as they are or as a bundle's slots would give them back.
+
+Legend: T new tokens, g KV heads, d channels of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from tmc_export.bundle.program import SlotCodes
+from tmc_export.core.errors import ExportError
+
+__all__ = ["Cache"]
+
+
+class Cache:
+    """Keys and values per layer, and the place in the conversation of every row. Layers call `update` as they call transformers' caches.
+
+    Args:
+        layers: of the decoder.
+        codes: slots of int8: every row is rounded to its codes as it comes, so that the layer that made it sees it so, too. None: rows are
+            kept as they are.
+    """
+
+    def __init__(self, layers: int, codes: SlotCodes | None = None) -> None:
+        self.keys: list[Tensor | None] = [None] * layers
+        self.values: list[Tensor | None] = [None] * layers
+        self.orders = [torch.zeros(0, dtype=torch.int64) for _ in range(layers)]
+        self.storing = True
+        self._scales = {} if codes is None else {name: torch.tensor(s)[None, :, None, None] for name, s in codes.scales.items()}
+        self._rounding = codes is not None
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """Append `[1, g, T, d]` and return all rows; nothing is stored inside `peeking`."""
+        key, value = self._rounded(key, f"{layer}.key"), self._rounded(value, f"{layer}.value")
+        old_key, old_value = self.keys[layer], self.values[layer]
+        if old_key is not None and old_value is not None:
+            key, value = torch.cat([old_key, key], 2), torch.cat([old_value, value], 2)
+        if self.storing:
+            self.keys[layer], self.values[layer] = key, value
+        return key, value
+
+    def _rounded(self, rows: Tensor, name: str) -> Tensor:
+        if not self._rounding:
+            return rows
+        scale = self._scales[name]
+        return ((rows.float() / scale).round().clamp(-128, 127) * scale).to(rows.dtype)
+
+    @contextmanager
+    def peeking(self) -> Iterator[None]:
+        """Let a layer see the cache without leaving anything in it."""
+        self.storing = False
+        try:
+            yield
+        finally:
+            self.storing = True
+
+    def prune(self, layer: int, gone: Tensor) -> None:
+        """Take the rows whose places are in `gone` out of a layer."""
+        keep = ~torch.isin(self.orders[layer], gone)
+        key, value = self.keys[layer], self.values[layer]
+        if key is None or value is None:
+            raise ExportError(f"KV rows of decoder layer {layer} are to be pruned before that layer has run; only earlier layers can be")
+        self.keys[layer], self.values[layer] = key[:, :, keep], value[:, :, keep]
+        self.orders[layer] = self.orders[layer][keep]
