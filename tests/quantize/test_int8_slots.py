@@ -3,6 +3,7 @@ codes does."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from tmc_export.bundle.read import open_manifest  # noqa: E402
 from tmc_export.core.errors import BundleError, ExportError, LegalityError  # noqa: E402
 from tmc_export.passes import pipeline  # noqa: E402
 from tmc_export.plan.make import make_plan  # noqa: E402
+from tmc_export.plan.notes import TRACED  # noqa: E402
 from tmc_export.plan.source import read_model_files  # noqa: E402
 from tmc_export.plan.types import Plan  # noqa: E402
 from tmc_export.recipe import load_recipe  # noqa: E402
@@ -266,7 +268,40 @@ def test_a_step_writes_its_codes_and_nothing_else(both: tuple[Path, Path], which
         np.testing.assert_array_equal(x[name], before[name], err_msg=name)
 
 
+# ----------------------------------------------------------------------------------------------------------------- engines
+ENGINE = "target: {device: rtx-5090, runtime: tensorrt-rtx}"
+
+
+@pytest.fixture(scope="module")
+def for_engines(folder: Path, scales: Scales) -> Path:
+    path = recipe(folder, "engine", COMBINATIONS["next"]["compress"], dtype="float16")
+    path.write_text(path.read_text("utf-8").replace("target: {device: cpu, runtime: onnxruntime}", ENGINE), "utf-8")
+    return build_coded(path, folder / "engine", scales)
+
+
+@pytest.mark.parametrize("capability", ["SM75", "SM89", *(pytest.param(f"SM{n}", marks=pytest.mark.slow) for n in (80, 86, 120, 121))])
+def test_tensorrt_rtx_builds_blocks_and_cuts(capability: str, for_engines: Path, tmp_path: Path) -> None:
+    """Codes with a scale per head, in and out of an engine; executing it: *not run*. Scores are float32, which 7.5 does not multiply."""
+    pytest.importorskip("tensorrt_rtx", reason="needs the extra [rtx]")
+    from tmc_export.engine import EngineOptions, build_engine
+    from tmc_export.engine._wire import profiles_from
+
+    for spec in json.loads((for_engines / "engines" / "profiles.json").read_text())["subgraphs"]:
+        if spec["name"] not in ("block_0", *(["compress_1"] if capability != "SM75" else [])):
+            continue
+        options, out = EngineOptions(capabilities=(capability,)), tmp_path / f"{spec['name']}.engine"
+        report = build_engine(for_engines / spec["onnx"], profiles_from(spec["profiles"]), out, options, precision=spec["precision"])
+        assert report.size > 0 and report.capabilities == (capability,)
+
+
 # ----------------------------------------------------------------------------------------------------------------- refused
+def test_why_fp8_slots_are_refused() -> None:
+    """What fills slots takes int8 and no fp8, in the opset that graphs have."""
+    for operator in ("Concat", "ScatterND"):
+        types = next(c.allowed_type_strs for c in onnx.defs.get_schema(operator, TRACED).type_constraints if c.type_param_str == "T")
+        assert "tensor(int8)" in types and "tensor(float8e4m3fn)" not in types
+
+
 def test_scales_that_are_missing_or_odd_are_refused(folder: Path, scales: Scales) -> None:
     path = recipe(folder, "odd")
 

@@ -35,6 +35,7 @@ class Case:
     dtype: str = "float32"
     decode_width: int = 2
     tolerance: float = 1e-4  # against onnxruntime's own graphs: float32 sums in another order, over four layers
+    codes: bool = False  # slots of int8
 
 
 CASES = {
@@ -58,6 +59,12 @@ CASES = {
         decode_width=3,
         tolerance=0.05,  # float16 has 11 bits: 5e-4 of logits up to 10, over four layers
     ),
+    "codes": Case(
+        save_small_llava,
+        "{at: decoder.1, method: pyramiddrop, layers: [1, 3], keep: [50%, 25%]}",
+        codes=True,
+        tolerance=0.01,  # int8 slots: a code that lies half-way turns with the order of sums, a step of 1 / 127 of its head's range
+    ),
     "qwen": Case(save_small_qwen2_vl, "{at: decoder.2, method: fastv, keep: 50%}"),  # three rotary axes
 }
 
@@ -72,8 +79,16 @@ def build_case(name: str, folder: Path) -> Path:
         f"recipe: 1\nname: {name}\nmodel: {{source: ./model, dtype: {case.dtype}}}\ninputs: {{{case.inputs}}}\n"
         f"compress:\n  - {case.compress}\ntarget: {{device: cpu, runtime: onnxruntime, decode_width: {case.decode_width}}}\n"
     )
-    (folder / "recipe.yaml").write_text(text, "utf-8")
-    tmc_export.build(folder / "recipe.yaml", folder / "bundle", record=False)
+    if case.codes:
+        from tests.quantize._slots import KV, build_coded, peaks
+
+        (folder / "recipe.yaml").write_text(text, "utf-8")
+        scales = peaks(folder / "model", folder / "recipe.yaml")
+        (folder / "recipe.yaml").write_text(text.replace("target:", f"quantize: {KV}\ntarget:"), "utf-8")
+        build_coded(folder / "recipe.yaml", folder / "bundle", scales)
+    else:
+        (folder / "recipe.yaml").write_text(text, "utf-8")
+        tmc_export.build(folder / "recipe.yaml", folder / "bundle", record=False)
     place_engines(folder / "bundle")
     return folder / "bundle"
 

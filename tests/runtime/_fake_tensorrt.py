@@ -24,7 +24,13 @@ from tmc_export.engine.profiles import read_profiles
 SCRATCH = 1000
 """Bytes of working memory per profile, times its number plus one."""
 
-_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64, "tensor(bool)": np.bool_}
+_TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(bool)": np.bool_,
+    "tensor(int8)": np.int8,
+}
 
 
 @cache

@@ -63,7 +63,7 @@ class _NotBuilt:
     says: str
 
 
-_FP8_SLOTS = "{value} slots are not built yet: onnxruntime's CPU path does not fill slots of fp8; write weights: int8"
+_FP8_SLOTS = "{value} slots are not built yet: ONNX's Concat and ScatterND, which fill slots, take no fp8; write weights: int8"
 
 NOT_BUILT = (
     _NotBuilt("activations", lambda _, s: s.activations == "nvfp4", "{value} activations are not built yet; remove it: weight-only"),
@@ -98,12 +98,12 @@ def check_slots(recipe: Recipe) -> None:
     Raises:
         LegalityError: at the line of the scheme.
     """
-    kv, runtime = recipe.quantize.kv, recipe.target.runtime
-    if kv is not None and kv.weights == "int8" and runtime != "onnxruntime":
+    kv = recipe.quantize.kv
+    if kv is not None and kv.weights == "int8" and recipe.target.runtime == "tensorrt":
         instead = "write weights: fp16" if recipe.model.dtype == "float16" else "remove quantize.kv"
         raise LegalityError(
-            f"{recipe.origin(('quantize', 'kv', 'weights'))}: quantize.kv.weights: int8 slots are built for runtime: onnxruntime, not for "
-            f"{runtime}: no engine was tried that fills slots with codes; {instead}, or write target.runtime: onnxruntime"
+            f"{recipe.origin(('quantize', 'kv', 'weights'))}: quantize.kv.weights: int8 slots are built for onnxruntime and tensorrt-rtx; "
+            f"NVIDIA's documents of TensorRT know one scale per tensor where codes are made, and int8 slots have one per head; {instead}"
         )
 
 

@@ -1,7 +1,8 @@
 """One profile of an engine as a graph: its context, its inputs and outputs at fixed addresses, and its step as a captured CUDA graph.
 
-Integers and flags come from the host: they lie behind one another, on both sides, and go over in one copy. Floating point inputs are bound
-where they lie on the device (slots, outputs of the graph before), copied from rows on the device, or uploaded.
+Integers and flags come from the host: they lie behind one another, on both sides, and go over in one copy. Floating point inputs, and
+int8, which only slots are, are bound where they lie on the device (slots, outputs of the graph before), copied from rows on the device, or
+uploaded.
 """
 
 from __future__ import annotations
@@ -166,7 +167,7 @@ class EngineGraph:
 
     def _lay_inputs(self) -> _Inputs:
         """Put integers and flags behind one another; those without elements (the empty past of a prefill) get a place that nobody reads."""
-        names = [n for n in self.inputs if self._dtypes[n].kind != "f" and self._bytes(n)]
+        names = [n for n in self.inputs if self._dtypes[n].kind != "f" and self._dtypes[n] != np.int8 and self._bytes(n)]
         empty = [n for n in self.inputs if not self._bytes(n)]
         made, size = _Inputs(), sum(aligned(self._bytes(n)) for n in names)
         made.base = self._cuda.allocate(size + aligned(0), f"inputs of {self._file}")
