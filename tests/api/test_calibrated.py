@@ -213,6 +213,16 @@ def test_gptq_s_codes_are_those_of_its_algorithm(home: Path, build: Callable[...
     assert sqnr(got, logits(model, prompt)) > 80
 
 
+def test_slots_get_the_scales_that_were_seen(build: Callable[..., Built], exact: Path, home: Path) -> None:
+    bundle = build("slots", "kv: {weights: int8}")
+    program = open_manifest(bundle.folder).program
+    assert program.kv is not None and program.kv.scales.keys() == {f"{layer}.{kind}" for layer in (0, 1) for kind in ("key", "value")}
+    for name, scales in program.kv.scales.items():
+        assert scales == pytest.approx(bundle.found.slots[name], rel=1e-6) and len(scales) == 2
+    got, plain = (asked_of(home, folder)[2] for folder in (bundle.folder, exact))
+    assert 20 < sqnr(got, plain) < 90  # codes are read, and cost what 8 bits cost
+
+
 def test_the_selection_is_in_the_loop(build: Callable[..., Built]) -> None:
     """Behind a cut the ranges are those of the rows that are left: they change with the cut, and the rows before it do not."""
     parts = f"decoder: {{{EIGHT}}}"
