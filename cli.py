@@ -24,7 +24,12 @@ __all__ = ["Verbs", "main"]
 USAGE, RESOURCES, INTERRUPTED = 2, 5, 130
 _NO_MEMORY = "can't allocate memory"
 """What torch says instead of raising MemoryError."""
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.ENOMEM}
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM}
+_FIXES = {
+    errno.ENOSPC: "; free some space, or choose another folder",
+    errno.EDQUOT: "; free some space, or choose another folder",
+    errno.EFBIG: "; raise the limit on the size of files (ulimit -f), or choose another file system",
+}
 
 
 class Verbs(click.Group):
@@ -97,8 +102,7 @@ def _one_line(error: click.ClickException) -> str:
 def _describe(error: OSError) -> str:
     """Return one line for an operating-system error: what, which file, and the fix where it is known."""
     place = f": {error.filename}" if error.filename else ""
-    fix = "; free some space, or choose another folder" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-    return f"{error.strerror or error}{place}{fix}"
+    return f"{error.strerror or error}{place}{_FIXES.get(error.errno or 0, '')}"
 
 
 def _fail(message: str, code: int) -> NoReturn:

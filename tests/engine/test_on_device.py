@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +30,7 @@ for word in "$@"; do
   esac
 done
 case "$graph" in engines/*) [ -s engines/block_0.data ] || { echo "[E] no weights beside the graph"; exit 1; } ;; esac
+[ -z "${FAKE_GO:-}" ] || until [ -e "$FAKE_GO" ]; do sleep 0.05; done
 echo "engine of $graph" >"$engine"
 """
 
@@ -45,8 +48,8 @@ class Board:
     def memory(self, kib: int) -> None:
         (self.folder / "meminfo").write_text(f"MemTotal: {2 * kib} kB\nMemAvailable: {kib} kB\n")
 
-    def run(self, *, version: str = "100300", fail: str = "never", status: int = 1, **more: str) -> subprocess.CompletedProcess[str]:
-        environment = os.environ | {
+    def environment(self, version: str = "100300", fail: str = "never", status: int = 1, **more: str) -> dict[str, str]:
+        return os.environ | {
             "PATH": f"{self.folder / 'bin'}:/usr/bin:/bin",
             "TMC_EXPORT_ONLY_TRTEXEC": "1",
             "TMC_EXPORT_MEMINFO": str(self.folder / "meminfo"),
@@ -54,8 +57,16 @@ class Board:
             "FAKE_CALLS": str(self.calls),
             "FAKE_FAIL": fail,
             "FAKE_STATUS": str(status),
+            **more,
         }
-        return subprocess.run([self.bundle / "build_on_device.sh"], capture_output=True, text=True, env=environment | more, check=False)
+
+    def run(self, **more: Any) -> subprocess.CompletedProcess[str]:
+        environment = self.environment(**more)
+        return subprocess.run([self.bundle / "build_on_device.sh"], capture_output=True, text=True, env=environment, check=False)
+
+    def start(self, **more: Any) -> subprocess.Popen[str]:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen([self.bundle / "build_on_device.sh"], text=True, env=self.environment(**more), **pipes)
 
     def lines(self) -> list[str]:
         found = self.calls.read_text().splitlines() if self.calls.exists() else []
@@ -135,6 +146,24 @@ def test_too_little_memory_is_refused_before_anything_starts(board: Board) -> No
 def test_a_killed_build_is_a_matter_of_memory(board: Board) -> None:
     done = board.run(fail="block_0", status=137)
     assert done.returncode == 5 and "block_0 was killed" in done.stderr
+
+
+def test_two_at_once(board: Board) -> None:
+    """The second waits, and builds nothing."""
+    if shutil.which("flock") is None:
+        pytest.skip("the script uses flock where it is installed")
+    go = board.folder / "go"
+    first = board.start(FAKE_GO=str(go))
+    while not board.calls.exists():
+        assert first.poll() is None
+        time.sleep(0.02)
+    second = board.start()
+    assert second.stdout is not None and "another build is at work here" in second.stdout.readline()
+    go.touch()
+    assert "all 2 engines" in first.communicate(timeout=60)[0] and first.returncode == 0
+    assert "block_0 is built already" in second.communicate(timeout=60)[0] and second.returncode == 0
+    assert len(board.lines()) == 2
+    assert {record.name for record in read_engines(board.bundle)} == {"block_0", "vision_0"}
 
 
 def test_missing_weights_and_missing_trtexec(board: Board) -> None:

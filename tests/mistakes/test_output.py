@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,12 +61,14 @@ def test_a_parent_that_cannot_be_written(recipe: Path, tmp_path: Path, monkeypat
     parent = tmp_path / "locked"
     parent.mkdir(mode=0o500)
     if os.geteuid() == 0:  # root may write anywhere: stand in for the system's refusal
-        import tempfile
+        mkdir = Path.mkdir
 
-        def refuse(*_: object, dir: Path, **__: object) -> str:
-            raise PermissionError(errno.EACCES, "Permission denied", str(dir))
+        def refuse(self: Path, *args: object, **more: object) -> None:
+            if self.parent == parent:
+                raise PermissionError(errno.EACCES, "Permission denied", str(self))
+            mkdir(self, *args, **more)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+        monkeypatch.setattr(Path, "mkdir", refuse)
     ran = tmc(*build(recipe, parent / "out"))
     assert ran.code == 2 and "Permission denied" in ran.error() and "locked" in ran.err
     assert list(parent.iterdir()) == []
@@ -119,7 +122,6 @@ ENDS = [
     pytest.param(OSError(errno.EDQUOT, "Disk quota exceeded", "x"), 5, "quota", id="quota"),
     pytest.param(MemoryError("Unable to allocate 8 GiB"), 5, "8 GiB", id="memory"),
     pytest.param(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."), 5, "memory", id="torch"),
-    pytest.param(KeyboardInterrupt(), 130, "interrupted", id="Ctrl-C"),
 ]
 
 
@@ -133,6 +135,23 @@ def test_the_bundle_before_stays(
     assert ran.code == code and says in ran.error()
     assert seen  # it was in the middle: something had been written
     assert listing(tmp_path) == before
+    whole(taken)
+
+
+def test_after_an_interrupt_the_bundle_before_stays_and_the_work_waits(
+    recipe: Path, taken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = listing(tmp_path)
+    with monkeypatch.context() as patch:
+        _break(patch, "graph", KeyboardInterrupt())
+        ran = tmc(*[a for a in build(recipe, taken, "--force") if a != "-q"])
+    assert ran.code == 130 and "interrupted" in ran.error() and "the same command goes on where this one stopped" in ran.err
+    (left,) = tmp_path.glob(".out.*")
+    work = {name for name in listing(tmp_path) if name.startswith(left.name)}
+    assert {n: at for n, at in listing(tmp_path).items() if n not in work} == before and f"{left.name}/onnx/embed.data" in work
+    ran = tmc(*[a for a in build(recipe, taken, "--force") if a != "-q"])
+    assert ran.code == 0 and "going on where an earlier build stopped" in ran.err
+    assert not list(tmp_path.glob(".out.*"))
     whole(taken)
 
 
@@ -214,19 +233,25 @@ def test_a_real_build_that_is_stopped(recipe: Path, tmp_path: Path, sign: signal
     if code is not None:
         assert process.returncode == code
     if sign == signal.SIGINT:
-        assert err.strip() == "error: interrupted" and not list(tmp_path.glob(".out.*"))
+        assert err.strip() == "error: interrupted"
+    assert len(list(tmp_path.glob(".out.*.part"))) == 1  # the next build goes on there
     assert tmc(*build(recipe, tmp_path / "out")).code == 0
     assert not list(tmp_path.glob(".out.*"))
     whole(tmp_path / "out")
 
 
 @pytest.mark.slow
-def test_two_real_builds_at_once(recipe: Path, tmp_path: Path) -> None:
-    builds = [subprocess.Popen(_command(recipe, tmp_path / "out"), stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    ends = [(b.communicate(timeout=300)[1], b.returncode) for b in builds]
-    assert ends == [("", 0), ("", 0)]
+@pytest.mark.parametrize("targets", [("out", "out"), ("out", "out.b")], ids=["one target", "two targets"])
+def test_two_real_builds_at_once(recipe: Path, tmp_path: Path, targets: tuple[str, str]) -> None:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    builds = [subprocess.Popen(_command(recipe, tmp_path / target), **pipes) for target in targets]
+    ends = [(*b.communicate(timeout=300), b.returncode) for b in builds]
+    assert [(err, code) for _, err, code in ends] == [("", 0), ("", 0)]
+    waited = len(set(targets)) == 1  # one builds, the other takes what it built
+    assert sorted("up to date" in out for out, _, _ in ends) == [False, waited]
     assert not list(tmp_path.glob(".out.*"))
-    whole(tmp_path / "out")
+    for target in targets:
+        whole(tmp_path / target)
 
 
 @pytest.fixture

@@ -122,6 +122,14 @@ class PartSchemes:
                 quantize_inputs(model, products, self._found.clips, scheme.activations, unsigned=self._unsigned and not engine)
             self._changed[part] += len(applied.changed) + len(applied.kept)
 
+    def counts(self) -> dict[str, int]:
+        """Return how many weights of each part a scheme has dealt with so far."""
+        return dict(self._changed)
+
+    def restore(self, counts: Mapping[str, int]) -> None:
+        """Take over what `counts` said in an earlier build of the same plan."""
+        self._changed.update(counts)
+
     def finish(self) -> None:
         """Check, when every graph is made, that no scheme went without effect.
 

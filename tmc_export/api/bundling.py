@@ -14,9 +14,11 @@ from tmc_export.api.calibration_data import digest_of, samples_of
 from tmc_export.api.engines import prove
 from tmc_export.api.parity import check_recorded, record_reference
 from tmc_export.api.sidecars import copy_sidecars
+from tmc_export.bundle.journal import Journal
 from tmc_export.bundle.manifest import MANIFEST, Manifest
 from tmc_export.bundle.read import check_files, open_manifest
-from tmc_export.bundle.write import atomic_folder, check_replaceable, hash_file, seal, write_manifest
+from tmc_export.bundle.work import WorkFolder, check_replaceable, remove_remains
+from tmc_export.bundle.write import hash_file, rebuilt, seal, write_manifest
 from tmc_export.core.errors import BundleError, ModelError
 from tmc_export.core.lazy import require
 from tmc_export.plan.describe import plan_json, report_json
@@ -56,7 +58,9 @@ def build_bundle(
     record: bool = True,
     engines: bool | None = None,
 ) -> BuildResult:
-    """Build a recipe into a bundle folder.
+    """Build a recipe into a bundle folder; one that was killed or interrupted goes on where it stopped.
+
+    Of two builds of one bundle at once, the second waits and takes what the first has built.
 
     Args:
         recipe: a recipe file, the name of a shipped recipe, or a loaded recipe.
@@ -98,6 +102,7 @@ def build_bundle(
         ]
     )
     if not force and (there := _cached(target, key)) is not None:
+        remove_remains(target)
         return BuildResult(target, there, cached=True)
     _check_text_files(folder)
     for tower in plan.towers:
@@ -109,8 +114,11 @@ def build_bundle(
 
     check_task(folder, plan.facts.architecture)
     config = _config(folder)
-    found = calibrate(plan, loaded, samples, files, folder, config, towers, progress)
-    with atomic_folder(target) as work:
+    with WorkFolder(target, key=key, waiting=lambda: progress("another build of this bundle is at work: waiting for its end")) as building:
+        if building.waited and not force and (there := _cached(target, key)) is not None:
+            return BuildResult(target, there, cached=True)
+        work, journal = building.path, _journal(building.path, key, progress)
+        found = calibrate(plan, loaded, samples, files, folder, config, towers, progress)
         exported = export_subgraphs(
             plan,
             files,
@@ -122,6 +130,7 @@ def build_bundle(
             lambda name: progress(f"export {name}"),
             towers,
             found,
+            journal,
         )
         (work / "engines" / "profiles.json").write_text(json.dumps({"subgraphs": exported.profiles}, indent=1) + "\n", "utf-8")
         copy_sidecars(folder, work / "model")
@@ -140,15 +149,27 @@ def build_bundle(
             calibration={"samples": found.samples, "sha256": found.digest} if samples else None,
             versions=_versions(),
             program=exported.program,
-            proofs=prove(work, device, loaded, want_engines, progress),
+            proofs=prove(work, device, loaded, want_engines, progress, journal),
         )
-        codes = exported.program.kv
-        reason = "--no-record" if not record else record_reference(folder, plan, files, work, loaded.inputs.fit, progress, codes)
+        reason: str | None = "--no-record"
+        if record:
+            reason = record_reference(folder, plan, files, work, loaded.inputs.fit, progress, journal, exported.program.kv)
         progress("hash files")
         sealed = seal(work, manifest)
         parity = check_recorded(work, progress) if reason is None else {"onnxruntime end to end": f"not run: {reason}"}
         sealed = write_manifest(work, sealed.model_copy(update={"proofs": {**parity, **sealed.proofs}}))
+        building.publish()
     return BuildResult(target, sealed, cached=False)
+
+
+def _journal(work: Path, key: str, progress: Callable[[str], None]) -> Journal:
+    """Open the journal of a folder, and say what an earlier build left there."""
+    journal = Journal(work, key, rebuilt)
+    if journal.problem is not None:
+        progress(f"an earlier build left work that is not whole, what follows is done again: {journal.problem}")
+    if journal.resumed is not None:
+        progress(f"going on where an earlier build stopped: {journal.resumed}")
+    return journal
 
 
 def _check_text_files(folder: Path) -> None:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from tmc_export.api._schemes import GraphKind, PartSchemes
 from tmc_export.api._slot_codes import quantize_slots, slot_codes
 from tmc_export.api.eager import Runnable
+from tmc_export.api.resuming import journaled_store
+from tmc_export.bundle.journal import Journal
 from tmc_export.bundle.program import (
     BlockProgram,
     CutProgram,
@@ -61,10 +63,12 @@ class Exporter:
         plan, files, folder, config, out, fit, opset, progress: as `export_subgraphs` takes them.
         found: what calibration found, where a scheme needs data.
         write: False traces and writes nothing.
+        journal: of the folder `out`; None: nothing is recorded or taken up again.
 
     Attributes:
         runnables: by the bundle file that it is traced for, every module and how it is called.
         towers: by file, the text tower and where its weights are read.
+        saved: bundle files that were written since the list was last cleared.
     """
 
     def __init__(
@@ -79,8 +83,10 @@ class Exporter:
         progress: Progress,
         found: Calibrated | None = None,
         write: bool = True,
+        journal: Journal | None = None,
     ) -> None:
-        self.write = write
+        self.write, self.journal = write, journal
+        self.saved: list[str] = []
         found = found or Calibrated()
         self.kv = slot_codes(plan, found.slots or None)
         self.runnables: dict[str, Runnable] = {}
@@ -95,7 +101,7 @@ class Exporter:
         self.onnx, self.engines = out / "onnx", out / "engines"
         if write:
             self.onnx.mkdir(parents=True, exist_ok=True)
-        self.store = WeightStore(self.onnx)
+        self.store = WeightStore(self.onnx) if journal is None else journaled_store(self.onnx, journal)
         self.schemes = PartSchemes(plan, self.model, self.checkpoint, self.parts, found)
         self.profiles: list[dict[str, Any]] = []
         self.handed: dict[int, list[Handed]] = {}  # recipe entry -> what its last stage so far left for another graph
@@ -139,6 +145,7 @@ class Exporter:
         finish(static, fuse=fuse)
         self.store.externalize(static, data)
         ir.save(static, self.onnx / f"{name}.onnx")
+        self.saved.append(file)
         return file
 
     # ------------------------------------------------------------------------------------------------------- parts
@@ -283,6 +290,7 @@ class Exporter:
                     shape=tensor.shape, name=tensor.name or "", base_dir=self.engines,
                 )  # fmt: skip
         ir.save(symbolic, self.engines / f"{name}.onnx")
+        self.saved.append(f"engines/{name}.onnx")
         profiles = []
         for phase, (t, p) in phases.items():
             if phase == "decode":

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from tmc_export.bundle.journal import Journal
 from tmc_export.bundle.program import SlotCodes
 from tmc_export.families._contract import ModelFiles
 from tmc_export.plan._weights import weight_bytes
@@ -16,6 +17,8 @@ __all__ = ["check_recorded", "record_reference"]
 _WIDEN = {"float32": 1.0, "float16": 2.0, "bfloat16": 2.0}
 _HEADROOM = 1.4
 """The reference holds the weights in float32, and activations and KV beside them."""
+_DONE = "reference"
+"""The step of the journal that all conversations are; each is one by the name of its file."""
 
 
 def record_reference(
@@ -25,6 +28,7 @@ def record_reference(
     bundle: Path,
     fit: str | None,
     progress: Callable[[str], None],
+    journal: Journal,
     codes: SlotCodes | None = None,
 ) -> str | None:
     """Let the PyTorch reference answer made-up conversations and keep its outputs in `<bundle>/parity/`.
@@ -36,11 +40,14 @@ def record_reference(
         bundle: the folder that is being made.
         fit: the recipe's picture rule.
         progress: one line per step.
+        journal: of `bundle`: answers that it says are recorded are not recorded again.
         codes: how the bundle keeps keys and values.
 
     Returns:
         Why it did not run, or None.
     """
+    if _DONE in journal.steps:
+        return None
     from tmc_export.engine import available_bytes
     from tmc_export.verify.record import record
 
@@ -52,7 +59,8 @@ def record_reference(
         progress(f"the reference was not recorded: {reason}")
         return reason
     progress("record the reference's answers")
-    record(folder, plan, files, bundle, fit, codes=codes)
+    record(folder, plan, files, bundle, fit, codes=codes, there=journal.steps, wrote=lambda file: journal.finish(file, [file], None))
+    journal.finish(_DONE, [], None)
     return None
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from tmc_export.api.exporter import Exporter, Progress
-from tmc_export.bundle.program import Program
+from tmc_export.api.resuming import step
+from tmc_export.bundle.journal import Journal
+from tmc_export.bundle.program import BlockProgram, CutProgram, GraphPhase, PhaseName, Program, TowerProgram, VisionProgram
 from tmc_export.families._contract import ModelFiles
 from tmc_export.plan.types import Plan
 from tmc_export.quantize.calibrated import Calibrated
@@ -36,6 +39,7 @@ def export_subgraphs(
     progress: Progress,
     towers: Mapping[str, Path] = MappingProxyType({}),
     found: Calibrated | None = None,
+    journal: Journal | None = None,
 ) -> Exported:
     """Export every subgraph of a plan.
 
@@ -50,24 +54,25 @@ def export_subgraphs(
         progress: called with the name of each subgraph before it is made.
         towers: folders of the text towers with their weights, by source.
         found: what calibration found, where a scheme needs data.
+        journal: of `out`: what it says is finished is not made again.
 
     Raises:
         ModelError: weights are missing or damaged.
         LegalityError: the plan's slots are int8, and no scales are given.
         ExportError: a part cannot be lowered, or scales do not belong to the plan.
     """
-    work = Exporter(plan, files, folder, config, out, fit, opset, progress, found)
+    work = Exporter(plan, files, folder, config, out, fit, opset, progress, found, journal=journal)
     return Exported(program_of(work, towers), work.profiles)
 
 
 def program_of(work: Exporter, towers: Mapping[str, Path]) -> Program:
     """Make every subgraph, and the program that says when each runs."""
     plan, files = work.plan, work.files
-    texts = tuple(work.tower(t, towers[t.source]) for t in plan.towers)
-    vision = tuple(work.vision(v) for v in plan.vision)
-    embed = work.embed()
-    blocks = tuple(work.block(b) for b in plan.blocks)
-    cuts = tuple(work.cut(c) for c in plan.cuts)
+    texts = tuple(step(work, f"tower_{t.index}", TowerProgram, partial(work.tower, t, towers[t.source])) for t in plan.towers)
+    vision = tuple(step(work, f"vision_{v.index}", VisionProgram, partial(work.vision, v)) for v in plan.vision)
+    embed = step(work, "embed", dict[PhaseName, GraphPhase], work.embed)
+    blocks = tuple(step(work, f"block_{b.index}", BlockProgram, partial(work.block, b)) for b in plan.blocks)
+    cuts = tuple(step(work, f"cut_{c.before_block}", CutProgram, partial(work.cut, c)) for c in plan.cuts)
     work.schemes.finish()
     d, rules = plan.facts.decoder, work.family.tokens(files)
     return Program(

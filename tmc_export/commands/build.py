@@ -25,7 +25,8 @@ def command(
 ) -> None:
     """Compile RECIPE, a file or the name of a shipped recipe, into a bundle: one folder to copy to the device.
 
-    Nothing is written to the folder until everything is built.
+    Nothing is written to the folder until everything is built. A build that is interrupted or killed goes on where it stopped when it is
+    started again; until then its work lies beside the folder, as .NAME.<key>.part, which the next build of NAME takes up or removes.
     """
     import time
 
@@ -39,7 +40,11 @@ def command(
             click.echo(f"{time.perf_counter() - began:7.1f} s  {line}", err=True)
 
     settings = [*overrides, *(device_settings(device) if device else ())]
-    result = build_bundle(recipe, output, overrides=settings, force=force, progress=say, record=record, engines=engines)
+    try:
+        result = build_bundle(recipe, output, overrides=settings, force=force, progress=say, record=record, engines=engines)
+    except KeyboardInterrupt:
+        say("interrupted: the same command goes on where this one stopped")
+        raise
     size = sum(entry.size for entry in result.manifest.files.values())
     state = "up to date" if result.cached else f"built in {time.perf_counter() - began:.1f} s"
     click.echo(f"{result.folder}: {state}, {len(result.manifest.files)} files, {size / 1e6:.1f} MB")

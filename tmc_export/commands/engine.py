@@ -28,7 +28,13 @@ __all__ = ["command"]
 @click.option("--workspace-mib", type=click.IntRange(min=1), help="Scratch memory limit of the builder, MiB.")
 @click.option("--optimization-level", type=click.IntRange(0, 5), default=3, show_default=True, help="0 builds fast, 5 searches longest.")
 @click.option("--ignore-memory", is_flag=True, help="Build even when memory looks too small.")
-@click.option("--force", is_flag=True, help="Build again what is still valid.")
+@click.option("--force", is_flag=True, help="Build again what is still valid, and what the cache has.")
+@click.option(
+    "--cache/--no-cache",
+    "use_cache",
+    default=True,
+    help="Take engines that this machine has built before from its cache, and keep new ones there; by default, it does.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the reports as JSON.")
 def command(
     bundle: Path,
@@ -38,16 +44,19 @@ def command(
     optimization_level: int,
     ignore_memory: bool,
     force: bool,
+    use_cache: bool,
     as_json: bool,
 ) -> None:
     """Build the TensorRT engines of BUNDLE; engines that are still valid are kept.
 
-    An interrupted build goes on where it stopped. Exit code 5 means memory or disk did not suffice.
+    A build that is interrupted or killed goes on where it stopped, engine by engine; of two at once, the second waits. Engines are also
+    kept by what they are made of, in TMC_CACHE (~/.cache/tmc-export) and up to TMC_CACHE_GIB (16; 0: none). Exit code 5 means memory or
+    disk did not suffice.
     """
     import json
 
     from tmc_export.bundle.read import open_manifest
-    from tmc_export.engine import EngineOptions, build_engines
+    from tmc_export.engine import WAITING, EngineOptions, build_engines, engine_cache
     from tmc_export.engine.bundle import default_capabilities
 
     open_manifest(bundle)
@@ -62,11 +71,13 @@ def command(
     shown: set[str] = set()
 
     def progress(name: str, phase: str, done: int, total: int) -> None:
-        if name not in shown:
+        if phase == WAITING:
+            click.echo(f"{name}: {phase} ...", err=True)
+        elif name not in shown:
             shown.add(name)
             click.echo(f"building {name} ...", err=True)
 
-    reports = build_engines(bundle, options, progress, force=force)
+    reports = build_engines(bundle, options, progress, force=force, cache=engine_cache() if use_cache else None)
     if as_json:
         fields = [
             {
@@ -82,13 +93,16 @@ def command(
                 "multi_head_attention": report.multi_head_attention,
                 "profiles": list(report.profiles),
                 "built": report.built,
+                "cached": report.cached,
             }
             for report in reports
         ]
         click.echo(json.dumps(fields, indent=1))
         return
     for report in reports:
-        state = f"built in {report.seconds:.1f} s, peak {report.peak_rss / 2**30:.1f} GiB" if report.built else "kept"
+        state = "from the cache" if report.cached else "kept"
+        if report.built:
+            state = f"built in {report.seconds:.1f} s, peak {report.peak_rss / 2**30:.1f} GiB"
         click.echo(
             f"{report.name}: {report.size / 2**20:.1f} MiB, profiles {', '.join(report.profiles)}, "
             f"{report.multi_head_attention} fused attention, {state}"

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from tmc_export.core.errors import ExportError, LegalityError, ResourceError
+from tmc_export.core.files import write_whole
 from tmc_export.engine._layers import activation_bytes, parse_layers
 from tmc_export.engine._memory import peak_rss_bytes
 from tmc_export.engine._versions import version_for
@@ -204,14 +205,18 @@ def _serialize(trt: ModuleType, builder: Any, network: Any, config: Any, job: Jo
         partial.unlink(missing_ok=True)
 
 
-def _save_timing_cache(config: Any, options: EngineOptions) -> None:
+def _save_timing_cache(config: Any, options: EngineOptions) -> str | None:
+    """Keep what was measured; why it could not be written, which an engine that is built does not fail for."""
     if options.timing_cache is None or options.flavour != "tensorrt":
-        return
+        return None
     cache = config.get_timing_cache()
-    if cache is not None:
-        partial = options.timing_cache.with_suffix(".partial")
-        partial.write_bytes(bytes(cache.serialize()))
-        os.replace(partial, options.timing_cache)
+    if cache is None:
+        return None
+    try:
+        write_whole(options.timing_cache, bytes(cache.serialize()))
+    except OSError as error:
+        return f"the timing cache {options.timing_cache} cannot be written: {error.strerror}"
+    return None
 
 
 def build(job: Job, trt: ModuleType, emit: Emit, capabilities: tuple[str, ...]) -> EngineReport:
@@ -240,7 +245,8 @@ def build(job: Job, trt: ModuleType, emit: Emit, capabilities: tuple[str, ...]) 
     if not _serialize(trt, builder, network, config, job):
         reason = " | ".join(line.replace("\n", " ") for line in log.errors[:3])
         raise ExportError(f"{job.name}: TensorRT {version} parses the graph and cannot build it: {reason or 'it gives no reason'}")
-    _save_timing_cache(config, job.options)
+    if problem := _save_timing_cache(config, job.options):
+        log.warnings.insert(0, problem)
     layers = parse_layers(log.layers)
     return EngineReport(
         name=job.name,

@@ -132,6 +132,15 @@ if [ "${TMC_EXPORT_ONLY_TRTEXEC:-0}" != 1 ]; then
   fi
 fi
 
+# One build at a time: a second one waits, and finds what the first has built. A trtexec that outlives its script holds the lock, too.
+if command -v flock >/dev/null 2>&1; then
+  exec 9<engines
+  if ! flock -n 9; then
+    echo "build_on_device: another build is at work here; waiting for its end"
+    flock 9
+  fi
+fi
+
 TRTEXEC="${TMC_EXPORT_TRTEXEC:-$(command -v trtexec || true)}"
 [ -n "$TRTEXEC" ] || TRTEXEC=/usr/src/tensorrt/bin/trtexec
 command -v "$TRTEXEC" >/dev/null 2>&1 || die 2 "trtexec is missing ($TRTEXEC); JetPack brings it: sudo apt install nvidia-jetpack"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tmc_export.core.errors import BundleError, ExportError, LegalityError, MissingExtraError, ResourceError, TmcError
+from tmc_export.core.files import write_whole
 from tmc_export.engine._build import Job
 from tmc_export.engine._memory import available_bytes, check_memory, estimate_bytes, gib
 from tmc_export.engine._proto import GraphFacts, read_graph, with_plain_locations
@@ -23,10 +24,12 @@ from tmc_export.engine._versions import check_graph, version_for
 from tmc_export.engine._wire import job_to_json, report_fields, report_from
 from tmc_export.engine.options import EngineOptions, EngineReport, Profile
 
-__all__ = ["Builder", "Progress", "build_engine", "parse_graph", "probe", "weight_files"]
+__all__ = ["WAITING", "Builder", "Progress", "build_engine", "parse_graph", "probe", "save_layers", "weight_files"]
 
 Progress = Callable[[str, str, int, int], None]
 """Called with the engine's name, the builder's phase, the steps done and the steps in all."""
+WAITING = "waiting for another build"
+"""A phase of its own: somebody else builds here, or builds the same engine."""
 
 _ERRORS: dict[str, type[TmcError]] = {kind.__name__: kind for kind in (ExportError, LegalityError, MissingExtraError, ResourceError)}
 _ROOT = Path(__file__).resolve().parents[2]
@@ -106,7 +109,7 @@ def _call(name: str, request: str, on_phase: Callable[[str, int, int], None]) ->
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     answer: dict[str, Any] = {}
     with tempfile.TemporaryFile("w+", errors="replace") as log:
-        command = [sys.executable, "-m", "tmc_export.engine._worker"]
+        command = [sys.executable, "-m", "tmc_export.engine._worker", str(os.getpid())]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
         try:
             if process.stdin is not None:
@@ -210,13 +213,15 @@ def build_engine(
         for partial in out.parent.glob(f".{out.name}.*.partial"):
             partial.unlink(missing_ok=True)
     report = report_from({**answer["report"], "warnings": [*warnings, *answer["report"]["warnings"]]})
-    _save_layers(report)
+    save_layers(report)
     return report
 
 
-def _save_layers(report: EngineReport) -> None:
-    target = report.path.with_name(report.path.name + ".layers.json")
-    partial = target.with_suffix(".partial")
+def save_layers(report: EngineReport) -> None:
+    """Write `<engine>.layers.json` beside the engine of a report.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     fields = {**report_fields(report), "path": report.path.name}
-    partial.write_text(json.dumps(fields, indent=1) + "\n")
-    os.replace(partial, target)
+    write_whole(report.path.with_name(report.path.name + ".layers.json"), json.dumps(fields, indent=1) + "\n")

@@ -12,11 +12,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from tmc_export.core.cache import CACHE
 from tmc_export.core.errors import MissingExtraError, TmcError
 from tmc_export.engine._device import CudaDevice, cuda_device
 from tmc_export.engine._memory import available_bytes, gib
 from tmc_export.engine.build import Builder, probe
 from tmc_export.engine.bundle import EngineRecord, read_engines, same_release
+from tmc_export.engine.cache import engine_cache
 
 __all__ = ["EXTRAS", "Finding", "examine_engines", "examine_machine", "jetpack"]
 
@@ -148,6 +150,18 @@ def _disk(folder: Path) -> Finding:
     return Finding("free disk", f"{gib(free)} at {os.fspath(folder)}", "problem" if low else "ok", "free some space" if low else "")
 
 
+def _cache() -> Finding:
+    try:
+        cache = engine_cache()
+    except TmcError as error:
+        return Finding("engine cache", str(error), "problem")
+    if cache is None:
+        return Finding("engine cache", "switched off", "absent")
+    count, size = cache.content()
+    value = f"{count} engines, {gib(size)} of at most {gib(cache.limit)}, in {cache.folder}"
+    return Finding("engine cache", value, "ok", f"to free it: rm -r {cache.folder}; {CACHE} names another place" if count else "")
+
+
 def examine_machine(root: Path = Path("/"), folder: Path = Path(".")) -> tuple[tuple[Finding, ...], tuple[Builder, ...], CudaDevice | None]:
     """Look at this machine; works with none of it installed.
 
@@ -160,7 +174,7 @@ def examine_machine(root: Path = Path("/"), folder: Path = Path(".")) -> tuple[t
     """
     device = cuda_device()
     standard, rtx = _builder("tensorrt", "TensorRT"), _builder("tensorrt-rtx", "TensorRT-RTX")
-    findings = [_python(), _jetpack(root), *_gpu(device), standard[0], rtx[0], _memory(root), _power(), _disk(folder)]
+    findings = [_python(), _jetpack(root), *_gpu(device), standard[0], rtx[0], _memory(root), _power(), _disk(folder), _cache()]
     findings += [_onnxruntime(), *_extras()]
     return tuple(findings), tuple(builder for _, builder in (standard, rtx) if builder), device
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tmc_export.core.errors import ExportError
+from tmc_export.core.files import write_whole
 from tmc_export.engine._memory import estimate_bytes
 from tmc_export.engine._proto import GraphFacts, read_graph, with_plain_locations
 from tmc_export.engine._script import FOOT, HEAD
@@ -78,9 +79,7 @@ def trtexec_arguments(subgraph: Subgraph, facts: GraphFacts) -> tuple[str, ...]:
 def _localise(onnx: Path, facts: GraphFacts) -> None:
     """Name the weight files without their folder, in place, because trtexec refuses `../`."""
     if any(Path(location).name != location for location in facts.locations):
-        partial = onnx.with_suffix(".partial")
-        partial.write_bytes(with_plain_locations(onnx.read_bytes()))
-        os.replace(partial, onnx)
+        write_whole(onnx, with_plain_locations(onnx.read_bytes()))
 
 
 def _call(bundle: Path, subgraph: Subgraph, facts: GraphFacts, options: EngineOptions, cost: _Cost) -> str:
@@ -157,8 +156,5 @@ def write_on_device_script(bundle_dir: Path, device: DeviceTarget) -> tuple[Path
         costs[subgraph.name] = _Cost(estimate_bytes(facts.bytes, files, subgraph.precision), 2 * weights + 16 * 2**20)
         calls.append(_call(bundle_dir, subgraph, facts, options, costs[subgraph.name]))
     path = bundle_dir / SCRIPT
-    partial = path.with_suffix(".partial")
-    partial.write_text(_filled(HEAD + "".join(calls) + FOOT, device, costs))
-    partial.chmod(0o755)
-    os.replace(partial, path)
+    write_whole(path, _filled(HEAD + "".join(calls) + FOOT, device, costs), 0o755)
     return path, tuple(warnings)

@@ -137,6 +137,7 @@ class EngineReport:
         profiles: names of the profiles, in the engine's order.
         warnings: what the builder warned of, in its words.
         built: False when a valid engine was there already.
+        cached: it was taken from this machine's cache of engines.
     """
 
     name: str
@@ -153,3 +154,4 @@ class EngineReport:
     profiles: tuple[str, ...]
     warnings: tuple[str, ...] = field(default=())
     built: bool = True
+    cached: bool = False

@@ -7,17 +7,22 @@ layer's query and key projections lies there a second time: the block reads them
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import onnx_ir as ir
 
 from tmc_export.export.lazy_tensors import KeyedTensor
 
-__all__ = ["WeightStore"]
+__all__ = ["Place", "WeightStore"]
 
 _INLINE_BYTES = 1024
 _ALIGN = 4096
 _ALIGN_FROM = 1 << 16
+
+Place = tuple[str, int, int]
+"""Where a tensor lies: file, offset and length in bytes."""
 
 
 class WeightStore:
@@ -25,11 +30,19 @@ class WeightStore:
 
     Args:
         folder: the `onnx/` folder.
+        kept: places of tensors that an earlier build has written, by key; they are not evaluated again.
+        wrote: told of every tensor that was written: its key, its place and its bytes.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        kept: Mapping[str, Place] = MappingProxyType({}),
+        wrote: Callable[[str, Place, bytes], None] = lambda key, place, data: None,
+    ) -> None:
         self.folder = folder
-        self._places: dict[str, tuple[str, int, int]] = {}
+        self._places = dict(kept)
+        self._wrote = wrote
 
     def externalize(self, model: ir.Model, file: str) -> int:
         """Write the model's large initializers to `file` (unless they are stored already) and refer to them.
@@ -51,7 +64,9 @@ class WeightStore:
             data = None if isinstance(tensor, KeyedTensor) else tensor.tobytes()
             key = tensor.key + f"|{tensor.dtype}" if isinstance(tensor, KeyedTensor) else hashlib.sha256(data or b"").hexdigest()
             if key not in self._places:
-                place = self._append(file, tensor.tobytes() if data is None else data)
+                data = tensor.tobytes() if data is None else data
+                place = self._append(file, data)
+                self._wrote(key, place, data)
                 self._places[key] = place
                 written += place[2]
             location, offset, length = self._places[key]
@@ -60,7 +75,7 @@ class WeightStore:
             )
         return written
 
-    def _append(self, file: str, data: bytes) -> tuple[str, int, int]:
+    def _append(self, file: str, data: bytes) -> Place:
         path = self.folder / file
         with path.open("ab") as out:
             offset = out.tell()

@@ -6,7 +6,7 @@ what they prove is that two paths compute the same, not that the answers are goo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -157,7 +157,10 @@ def record(
     bundle: Path,
     fit: str | None = None,
     pictures: Sequence[ImageLike] = (),
+    *,
     codes: SlotCodes | None = None,
+    there: Collection[str] = (),
+    wrote: Callable[[str], None] = lambda file: None,
 ) -> list[str]:
     """Answer made-up conversations with the reference and write them into `<bundle>/parity/`.
 
@@ -169,6 +172,8 @@ def record(
         fit: the recipe's picture rule.
         pictures: use these before made-up ones.
         codes: how the bundle keeps keys and values.
+        there: names of files within the bundle that hold their conversation already; it is not answered again.
+        wrote: told of every file that was written, by its name within the bundle.
 
     Returns:
         Names of the files within the bundle.
@@ -178,7 +183,11 @@ def record(
     """
     from tmc_export.verify.reference import Reference
 
-    reference = Reference(folder, plan, codes=codes)
-    scripts = made_up_scripts(folder, plan, files, fit, pictures)
-    paths = [write_case(bundle / FOLDER, answer(reference, script, plan)) for script in scripts]
-    return [p.relative_to(bundle).as_posix() for p in paths]
+    scripts = {f"{FOLDER}/{s.name}.npz": s for s in made_up_scripts(folder, plan, files, fit, pictures)}
+    todo = [name for name in scripts if name not in there]
+    if todo:
+        reference = Reference(folder, plan, codes=codes)
+        for name in todo:
+            write_case(bundle / FOLDER, answer(reference, scripts[name], plan))
+            wrote(name)
+    return list(scripts)
