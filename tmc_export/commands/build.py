@@ -31,6 +31,7 @@ def command(
     import time
 
     from tmc_export.api.bundling import build_bundle
+    from tmc_export.core.interrupts import insistent
     from tmc_export.plan.make import device_settings
 
     began = time.perf_counter()
@@ -41,7 +42,13 @@ def command(
 
     settings = [*overrides, *(device_settings(device) if device else ())]
     try:
-        result = build_bundle(recipe, output, overrides=settings, force=force, progress=say, record=record, engines=engines)
+        with insistent() as check:
+
+            def progress(line: str) -> None:
+                check()
+                say(line)
+
+            result = build_bundle(recipe, output, overrides=settings, force=force, progress=progress, record=record, engines=engines)
     except KeyboardInterrupt:
         say("interrupted: the same command goes on where this one stopped")
         raise
