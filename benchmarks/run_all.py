@@ -16,6 +16,7 @@ NAMES = (
     "engine_sizes",
     "accuracy",
     "parity",
+    "slot_scales",
 )
 
 

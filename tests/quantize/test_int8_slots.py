@@ -186,14 +186,17 @@ COMBINATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", COMBINATIONS)
+@pytest.mark.parametrize("name", [n if n in ("next", "rows", "half") else pytest.param(n, marks=pytest.mark.slow) for n in COMBINATIONS])
 def test_what_reads_or_prunes_slots_agrees_with_the_reference(name: str, folder: Path, scales: Scales) -> None:
     path = recipe(folder, name, **COMBINATIONS[name])
     ladder = climb(build_coded(path, folder / name, scales, record=True), folder / "model", steps=4)
     assert ladder.passed, ladder.text()
 
 
-@pytest.mark.parametrize(("decoder", "options"), [("mistral", {"window": 12}), ("qwen3", {}), ("llama", {"kv_heads": 4})])
+@pytest.mark.parametrize(
+    ("decoder", "options"),
+    [("mistral", {"window": 12}), *(pytest.param(*each, marks=pytest.mark.slow) for each in (("qwen3", {}), ("llama", {"kv_heads": 4})))],
+)
 def test_decoders_of_other_kinds(decoder: Any, options: dict[str, Any], tmp_path: Path) -> None:
     """Windows and normed heads decode by standard operators; heads that share no key."""
     save_small_llava(tmp_path / "model", decoder, layers=2, vision_layers=2, image_size=42, **options)
@@ -308,7 +311,9 @@ def test_scales_that_are_missing_or_odd_are_refused(folder: Path, scales: Scales
     def build(given: Scales | None) -> Path:
         return build_coded(path, folder / "odd", given)
 
-    with pytest.raises(LegalityError, match="quantize.kv.weights: int8 slots need the scales that calibration finds"):
+    with pytest.raises(
+        LegalityError, match="quantize.kv.weights: int8 slots need scales that are found on the calibration data.*remove quantize.kv"
+    ):
         build(None)
     with pytest.raises(ExportError, match=r"found for 3 KV tensors, the decoder has 4; first that differs: '1\.value'"):
         build({n: s for n, s in scales.items() if n != "1.value"})

@@ -47,7 +47,7 @@ def get(cuda: Cuda, driver: FakeDriver, held: Any) -> Array:
 def new_rows(cuda: Cuda, driver: FakeDriver, shape: tuple[int, ...], dtype: str, seed: int, stacked: bool) -> tuple[dict[str, Any], Any]:
     """New rows as a graph makes them: behind one another in a stack, or anywhere."""
     rng = np.random.default_rng(seed)
-    arrays = {n.replace("past_key_values", "present"): rng.standard_normal(shape).astype(dtype) for n in NAMES}
+    arrays = {n.replace("past_key_values", "present"): (rng.standard_normal(shape) * 20).astype(dtype) for n in NAMES}
     stride = stride_of(shape, np.dtype(dtype).itemsize)
     base = cuda.allocate(stride * len(arrays), "a stack")
     places = {n: base + k * stride if stacked else None for k, n in enumerate(arrays)}
@@ -57,7 +57,7 @@ def new_rows(cuda: Cuda, driver: FakeDriver, shape: tuple[int, ...], dtype: str,
 SHAPES = [(1, 2, 12, 8), (1, 1, 7, 16), (1, 3, 5, 64), (1, 2, 150, 4)]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "anywhere"])
 def test_appended_rows_are_those_of_arrays(cuda: Cuda, driver: FakeDriver, shape: tuple[int, ...], dtype: str, stacked: bool) -> None:

@@ -35,7 +35,10 @@ def slot_codes(plan: Plan, found: Mapping[str, tuple[float, ...]] | None) -> Slo
             raise ExportError(f"scales of {len(found)} KV tensors were found, and the plan's slots are no codes; leave them out")
         return None
     if found is None:
-        raise LegalityError("quantize.kv.weights: int8 slots need the scales that calibration finds, and none were found; calibrate first")
+        raise LegalityError(
+            "quantize.kv.weights: int8 slots need scales that are found on the calibration data, and `build` does not look for them yet; "
+            "remove quantize.kv"
+        )
     decoder = plan.facts.decoder
     wanted = {f"{layer}.{kind}" for layer in range(decoder.layers) for kind in ("key", "value")}
     if wanted != found.keys():
