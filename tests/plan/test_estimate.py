@@ -214,6 +214,9 @@ def test_notes(write: Writer, files: ModelFiles) -> None:
     slow = " | ".join(report_plan(write(quantize=eight.replace("decoder: {weights: int8}", "decoder: {weights: fp8}"),
                                         target="device: cpu, runtime: onnxruntime"), files).notes)  # fmt: skip
     assert "widens fp8 of the decoder in each run" in slow and "widens int8 of the head in each run" in slow
+    kv = {"quantize": "{kv: {weights: int8}, calibration: {images: a, prompts: b.jsonl}}", "target": "device: cpu, runtime: onnxruntime"}
+    assert "onnxruntime widens int8 slots in each run" in " | ".join(report_plan(write(**kv), files).notes)
+    assert "widens" not in " | ".join(report_plan(write(model="dtype: float32", **kv), files).notes)
     cpu = " | ".join(report_plan(write(target="device: rtx-4090, runtime: onnxruntime, memory_tight: true"), files).notes)
     wide = " | ".join(report_plan(write(target="device: cpu, runtime: onnxruntime, decode_width: 2"), files).notes)
     assert "decode_width has no effect" in wide and "decode_width" not in cpu

@@ -177,6 +177,16 @@ def test_rows_two_codes_off_are_found(coded: Path, folder: Path) -> None:
     assert len([name for name in failed if "codes differ, by up to 2" in name]) == 2 * 3 * LAYERS, failed
 
 
+def test_scales_that_clip_what_comes_are_found(folder: Path, scales: Scales) -> None:
+    """The negative twin of what codes cost: a reference that rounds to ranges of a tenth agrees with its bundle, and not with itself."""
+    small = {name: tuple(s / 10 for s in each) for name, each in scales.items()}
+    ladder = climb(build_coded(recipe(folder, "clipped"), folder / "clipped", small, record=True), folder / "model", steps=4)
+    rungs = {r.name: r for r in ladder.rungs}
+    assert rungs["onnxruntime per subgraph"].status == rungs["quantized"].status == "passed"
+    assert rungs["eager with the plan"].status == "failed"
+    assert all(c.name.endswith("beside plain slots") for c in rungs["eager with the plan"].failures)
+
+
 COMBINATIONS = {
     "next": {"compress": "{at: decoder.1, method: pyramiddrop, layers: [1], keep: [50%]}"},
     "rows": {"compress": "{at: decoder.1, method: tokencarve, keep: 50%}"},

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from tests.runtime._fake import WIDTH, make_program
-from tmc_export.core.errors import RuntimeInputError
+from tmc_export.bundle.program import SlotCodes
+from tmc_export.core.errors import BundleError, RuntimeInputError
 from tmc_export.runtime._slots import BlockSlots
 
 
@@ -48,6 +49,19 @@ def test_compacting_moves_the_kept_rows_together_and_leaves_earlier_turns_alone(
     assert slots.order[0, :5].tolist() == [0, 1, 2, 5, 6] and slots.valid[0].tolist() == [True] * 5 + [False] * 5
     slots.write(_new(1, 1, 30), np.array([7]))
     assert _held(slots, 0) == [10, 11, 20, 23, 24, 30] and slots.order[0, 5] == 7
+
+
+def test_codes_are_kept_and_moved_as_they_are() -> None:
+    """int8 slots: nothing is widened on the way, and nothing is cast into them."""
+    program = make_program(layers=2, visual=4, text=4, new=2)
+    program = program.model_copy(update={"kv": SlotCodes(dtype="int8", scales={})})
+    slots = BlockSlots(program.blocks[0], program)
+    slots.write({name: np.nan_to_num(rows).astype(np.int8) for name, rows in _new(4, 4, 120).items()}, np.array([0, 1, 2, 3]))
+    slots.compact(0, np.array([True, False, False, True]))
+    assert {array.dtype for name, array in slots.feed().items() if name.startswith("past_key")} == {np.dtype(np.int8)}
+    assert _held(slots, 0) == [120, 123] and _held(slots, 1) == [121, 124]
+    with pytest.raises(BundleError, match="new rows of float32 do not fit slots of int8; build the bundle again"):
+        slots.write(_new(1, 1, 5), np.array([4]))
 
 
 @pytest.mark.parametrize("keep", [[True] * 3, [False] * 3])

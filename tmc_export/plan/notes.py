@@ -103,6 +103,8 @@ def _scheme_notes(recipe: Recipe, plan: Plan) -> list[str]:
     if recipe.target.runtime == "onnxruntime":
         slow = [f"{name} of the {', '.join(parts)}" for name, parts in schemes.items() if name == "fp8"]
         slow += ["int8 of the head"] if head is not None and head.weights == "int8" else []
+        kv = plan.quantize.get("kv")
+        slow += ["int8 slots"] if kv is not None and kv.weights == "int8" and (plan.dtype != "float32" or any(plan.windows)) else []
         found += [f"onnxruntime widens {what} in each run, which is slow" for what in slow]
     else:
         if "nvfp4" in schemes:
