@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ transformers = pytest.importorskip("transformers")
 
 import torch  # noqa: E402
 
-from tests.api.test_eager import MODEL, PICTURE, Both, made  # noqa: E402
+import tmc_export  # noqa: E402
+from tests.api.test_eager import MODEL, PICTURE, RECIPE, Both, made  # noqa: E402
+from tests.quantize._slots import KV, build_coded  # noqa: E402
 from tmc_export.api import calibration_kv  # noqa: E402
 from tmc_export.api.calibration import observe  # noqa: E402
 from tmc_export.api.calibration_data import Sample  # noqa: E402
@@ -22,6 +25,7 @@ from tmc_export.core.errors import RecipeError  # noqa: E402
 from tmc_export.quantize.histogram import Histogram  # noqa: E402
 from tmc_export.runtime.session import Session  # noqa: E402
 
+QUESTIONS = ("what is at c4", "how many circles", "what is the color of the shape at a1", "is there a digit")
 SAMPLE = Sample("what is the color of the shape", (PICTURE,), "x:1")
 
 
@@ -71,6 +75,22 @@ def test_behind_a_cut_only_what_was_kept_is_seen(tmp_path: Path) -> None:
     text, visual = int((prompt.group == 0).sum()), int((prompt.group > 0).sum())
     rows = {int(name.split(".")[0]): {h.rows for h in heads} for name, heads in found.items()}
     assert rows == {0: {text + visual}, 1: {text + visual}, 2: {text + visual // 2}, 3: {text + visual // 2}}
+
+
+def test_what_is_found_makes_a_bundle_that_answers_as_before(plain: Both, tmp_path: Path) -> None:
+    """From questions to scales to slots of int8; `build` plays the recorded conversations through it."""
+    found, said = SlotsSeen(), []
+    with observed_slots(plain.eager._backend, found):  # type: ignore[arg-type]
+        observe(plain.eager, [replace(SAMPLE, prompt=p) for p in QUESTIONS], {}, said.append)
+    assert said == [f"calibrate {n}/{len(QUESTIONS)}" for n in range(1, len(QUESTIONS) + 1)]
+    recipe = tmp_path / "coded.yaml"
+    recipe.write_text(RECIPE.format(model=MODEL, entries="", dtype="float32") + f"quantize: {KV}\n", "utf-8")
+    coded = tmc_export.load(build_coded(recipe, tmp_path / "coded", slot_scales(found), record=True))
+    other = tmc_export.load(plain.folder)
+    assert coded.program.kv is not None and other.program.kv is None
+    for question in QUESTIONS:
+        one, two = (s.generate([str(PICTURE)], question, max_new_tokens=8) for s in (coded, other))
+        assert one.tokens == two.tokens, question
 
 
 def test_nothing_is_seen_behind_the_context(plain: Both) -> None:

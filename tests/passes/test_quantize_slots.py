@@ -99,6 +99,9 @@ def test_what_is_refused() -> None:
     other = BLOCK.replace(
         'all = Concat<axis = 2>("past_key_values.0.key", "present.0.key")', 'all = Concat<axis = 2>("past_key_values.0.key", new)'
     )
+    alone = BLOCK.replace('all = Concat<axis = 2>("past_key_values.0.key", "present.0.key")', 'all = Identity("past_key_values.0.key")')
+    with pytest.raises(ExportError, match=r"'past_key_values\.0\.key' is not read by the one Concat"):
+        QuantizeSlotsPass({"0.key": SCALES})(graph(alone))
     with pytest.raises(ExportError, match=r"'present\.0\.key' is not what is put behind the slots"):
         QuantizeSlotsPass({"0.key": SCALES})(model(other))
 

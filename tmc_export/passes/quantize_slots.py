@@ -46,7 +46,7 @@ class QuantizeSlotsPass(ir.passes.InPlacePass):
         """Rewrite the graph; `modified` says whether it has slots.
 
         Raises:
-            ExportError: a tensor has no scales, or the new rows of one are no output of the graph.
+            ExportError: a tensor has no scales, its past is read by anything but one Concat, or the new rows are no output of the graph.
         """
         graph, found = model.graph, []
         for value in graph.inputs:
@@ -75,6 +75,8 @@ def _rewrite(graph: ir.Graph, value: ir.Value, name: str, scales: NDArray[Any]) 
     value.type = ir.TensorType(ir.DataType.INT8)
     joined = _joined(value)
     if joined is None:
+        if (value.name or "").startswith(_PAST):
+            raise ExportError(f"{graph.name}: '{value.name}' is not read by the one Concat that puts new rows behind it")
         if value.uses():
             _widen(graph, value, scale, exact, next(iter(graph)), before=True)
     else:
