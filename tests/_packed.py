@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-__all__ = ["FORMS", "Form", "awq_words", "save_packed", "stands_for", "words"]
+__all__ = ["FORMS", "Form", "Packed", "awq_words", "group_of", "save_packed", "stands_for", "words"]
 
 Array = NDArray[Any]
 AWQ = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -41,12 +41,18 @@ def awq_words(codes: Array) -> Array:
     return words(codes[:, order], 4, 1)
 
 
-def stands_for(codes: Array, zeros: Array, scales: Array) -> Array:
+def group_of(channels: int, groups: int, scattered: bool) -> Array:
+    """Which group each input channel is of `[K]`."""
+    plain = np.arange(channels, dtype=np.int32) // (channels // groups)
+    return np.random.default_rng(channels).permutation(plain).astype(np.int32) if scattered else plain
+
+
+def stands_for(codes: Array, zeros: Array, scales: Array, scattered: bool = False) -> Array:
     """The weight `[N, K]` of unsigned codes `[K, N]` (or E4M3 ones), zero points and scales `[G, N]`."""
-    group = len(codes) // len(scales)
+    groups = group_of(len(codes), len(scales), scattered)
     weight = np.empty(codes.shape, np.float32)
     for channel in range(len(codes)):
-        g = channel // group
+        g = groups[channel]
         weight[channel] = (codes[channel].astype(np.float32) - zeros[g].astype(np.float32)) * scales[g].astype(np.float32)
     return np.ascontiguousarray(weight.T)
 
@@ -63,6 +69,7 @@ class Form:
         symmetric: zero points are the middle.
         dtype: of the scales in the file.
         one: a single scale for the matrix.
+        scattered: groups are made of input channels in a drawn order, as activation order makes them.
     """
 
     config: Mapping[str, Any]
@@ -73,12 +80,14 @@ class Form:
     dtype: torch.dtype = torch.float16
     fp8: bool = False
     one: bool = False
+    scattered: bool = False
 
     def quantize(self, weight: Array) -> tuple[Array, Array, torch.Tensor]:
         """Round a weight `[N, K]`: codes `[K, N]`, zero points and scales `[G, N]`."""
         rows = weight.T
         k, n = rows.shape
-        groups = rows.reshape(k // (self.group or k), -1, n)
+        order = np.argsort(group_of(k, k // (self.group or k), self.scattered), kind="stable")
+        groups = rows[order].reshape(k // (self.group or k), -1, n)
         top, middle = 2**self.bits - 1, 2 ** (self.bits - 1)
         if self.fp8:
             high = np.abs(groups).max(1) / 448
@@ -96,12 +105,13 @@ class Form:
         zeros = np.full(wide.shape, middle) if self.symmetric else np.clip(np.rint(-np.minimum(groups.min(1), 0) / wide), 0, top)
         zeros = zeros.astype(np.uint8)
         codes = np.clip(np.rint(groups / wide[:, None]) + zeros[:, None], 0, top).astype(np.uint8).reshape(k, n)
+        codes = codes[np.argsort(order)]
         return codes, zeros, scales
 
 
-def _gptq(bits: int, bias: int) -> Callable[[Array, Array, torch.Tensor], dict[str, Any]]:
+def _gptq(bits: int, bias: int, scattered: bool = False) -> Callable[[Array, Array, torch.Tensor], dict[str, Any]]:
     def pack(codes: Array, zeros: Array, scales: torch.Tensor) -> dict[str, Any]:
-        order = np.arange(len(codes), dtype=np.int32) // (len(codes) // len(scales))
+        order = group_of(len(codes), len(scales), scattered)
         stored = zeros.astype(np.int64) - bias
         return {"qweight": words(codes, bits, 0), "qzeros": words(stored, bits, 1), "scales": scales, "g_idx": order}
 
@@ -112,13 +122,15 @@ def _awq(codes: Array, zeros: Array, scales: torch.Tensor) -> dict[str, Any]:
     return {"qweight": awq_words(codes), "qzeros": awq_words(zeros), "scales": scales}
 
 
-def _packed(bits: int, symmetric: bool = True) -> Callable[[Array, Array, torch.Tensor], dict[str, Any]]:
+def _packed(bits: int, symmetric: bool = True, scattered: bool = False) -> Callable[[Array, Array, torch.Tensor], dict[str, Any]]:
     def pack(codes: Array, zeros: Array, scales: torch.Tensor) -> dict[str, Any]:
         tensors = {
             "weight_packed": words(codes.T, bits, 1),
             "weight_scale": scales.T.contiguous(),
             "weight_shape": np.array(codes.T.shape, np.int64),
         }
+        if scattered:
+            tensors["weight_g_idx"] = group_of(len(codes), len(scales), True)
         return tensors if symmetric else tensors | {"weight_zero_point": words(zeros.T, bits, 0)}
 
     return pack
@@ -163,12 +175,17 @@ FORMS: Mapping[str, Form] = {
     "gptq": Form(_gptq_config(), _gptq(4, 1)),
     "gptq-v2-zero-points": Form(_gptq_config(checkpoint_format="gptq_v2", sym=False, group_size=64), _gptq(4, 0), 4, 64, False),
     "gptq-channels": Form(_gptq_config(group_size=-1), _gptq(4, 1), 4, 0),
+    "gptq-act-order": Form(_gptq_config(desc_act=True), _gptq(4, 1, True), scattered=True),
     "gptq-8-bits": Form(_gptq_config(bits=8), _gptq(8, 1), 8),
     "awq": Form(_awq_config(), _awq, symmetric=False),
     "awq-64": Form(_awq_config(group_size=64), _awq, 4, 64, False),
     "packed": Form(_compressed("pack-quantized"), _packed(4), dtype=torch.bfloat16),
     "packed-zero-points": Form(
         _compressed("pack-quantized", symmetric=False), _packed(4, False), symmetric=False, dtype=torch.bfloat16
+    ),
+    "packed-act-order": Form(
+        _compressed("pack-quantized", symmetric=False, actorder="group"), _packed(4, False, True), symmetric=False, dtype=torch.bfloat16,
+        scattered=True,
     ),
     "packed-8-bits": Form(_compressed("pack-quantized", **_CHANNEL), _packed(8), 8, 0, dtype=torch.bfloat16),
     "int8": Form(_compressed("int-quantized", _TOKENS, **_CHANNEL), _plain, 8, 0, dtype=torch.bfloat16),
@@ -214,7 +231,7 @@ def save_packed(model: Path, folder: Path, form: Form, keep: tuple[str, ...] = (
             continue
         codes, zeros, scales = form.quantize(tensors.pop(name).numpy())
         made.stored[name] = codes, zeros, scales
-        plain[name] = torch.from_numpy(stands_for(codes, zeros, scales.float().numpy()))
+        plain[name] = torch.from_numpy(stands_for(codes, zeros, scales.float().numpy(), form.scattered))
         for part, tensor in form.pack(codes, zeros, scales).items():
             stored = tensor if isinstance(tensor, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(tensor))
             tensors[f"{name.removesuffix('weight')}{part}"] = stored.contiguous()

@@ -14,11 +14,13 @@ SAYS = {
     "gptq": "int4 (gptq, groups of 32)",
     "gptq-v2-zero-points": "int4 (gptq, groups of 64, zero points)",
     "gptq-channels": "int4 (gptq, a scale per output channel)",
+    "gptq-act-order": "int4 (gptq, groups of 32, activation order)",
     "gptq-8-bits": "int8 (gptq, groups of 32)",
     "awq": "int4 (awq, groups of 32, zero points)",
     "awq-64": "int4 (awq, groups of 64, zero points)",
     "packed": "int4 (compressed-tensors, groups of 32)",
     "packed-zero-points": "int4 (compressed-tensors, groups of 32, zero points)",
+    "packed-act-order": "int4 (compressed-tensors, groups of 32, activation order, zero points)",
     "packed-8-bits": "int8 (compressed-tensors, a scale per output channel)",
     "int8": "int8 (compressed-tensors, a scale per output channel)",
     "fp8": "fp8 (compressed-tensors, a scale per output channel)",
@@ -36,7 +38,8 @@ def test_every_form_is_read() -> None:
         found = read(dict(form.config))
         assert found.says == SAYS[name] and found.bits == form.bits and found.group == form.group
         assert found.symmetric == form.symmetric
-        assert found.zero_bias == (1 if name in ("gptq", "gptq-channels", "gptq-8-bits") else 0)
+        assert found.zero_bias == (1 if name in ("gptq", "gptq-channels", "gptq-8-bits", "gptq-act-order") else 0)
+        assert found.scattered == form.scattered
         assert found.inputs == ("int8" if name == "int8" else "") and not found.kv
 
 
@@ -74,7 +77,6 @@ REFUSED = {
     "3 bits": (gptq(bits=3), "bits is 3, which is not read; read are 4 and 8 bits"),
     "bits as text": (gptq(bits="4"), "bits is '4'"),
     "no group": (gptq(group_size=0), "group_size is 0"),
-    "activation order": (gptq(desc_act=True), "desc_act is True, .* groups in a row"),
     "a flag as text": (gptq(sym="yes"), "sym is 'yes'"),
     "marlin": (gptq(checkpoint_format="marlin"), "checkpoint_format is 'marlin'"),
     "marlin by its flag": (gptq(is_marlin_format=True), "checkpoint_format is 'gptq'"),
@@ -92,8 +94,6 @@ REFUSED = {
     "3 packed bits": (weights(num_bits=3), "pack-quantized of int3"),
     "packed floats": (weights(type="float", num_bits=8), "pack-quantized of fp8"),
     "tiles": (weights(strategy="block", group_size=None, block_structure=[128, 128]), "strategy block of int4"),
-    "scattered groups": (weights(actorder="group"), "actorder group"),
-    "an old word for them": (weights(actorder="dynamic"), "actorder dynamic"),
     "sparse": ({**FORMS["packed"].config, "sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config is"),
     "rotations": ({**FORMS["packed"].config, "transform_config": {"config_groups": {"R1": {}}}}, "transform_config is"),
     "a broken pattern": ({**FORMS["packed"].config, "ignore": ["re:("]}, "no regular expression"),
@@ -110,10 +110,11 @@ def test_what_is_not_read_is_refused(case: str) -> None:
 
 def test_what_looks_alike_is_read() -> None:
     """Twins of the refusals: the same keys with values that mean nothing else."""
-    assert read(gptq(desc_act=True, group_size=-1)).group == 0  # one group cannot be scattered
-    assert read(gptq(desc_act=True, static_groups=True)).group == 32
+    assert not read(gptq(desc_act=True, group_size=-1)).scattered  # one group cannot be
+    assert not read(gptq(desc_act=True, static_groups=True)).scattered
+    assert read(gptq(desc_act=True)).scattered and read(weights(actorder="group")).scattered and read(weights(actorder="dynamic")).scattered
     assert read(gptq(dynamic={"-:.*down_proj": {}})).ignore == ("re:.*down_proj",)
-    assert read(weights(actorder="weight")).says == read(weights(actorder="static")).says == SAYS["packed"]
+    assert not read(weights(actorder="weight")).scattered and not read(weights(actorder="static")).scattered
     assert read({**FORMS["packed"].config, "sparsity_config": {"format": "dense"}, "transform_config": {}}).says == SAYS["packed"]
     assert read({**FORMS["packed"].config, "kv_cache_scheme": {"num_bits": 8, "type": "float"}}).kv == "fp8"
 

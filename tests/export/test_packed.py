@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests._packed import AWQ, FORMS, Packed, awq_words, save_packed, words
+from tests._packed import AWQ, FORMS, Packed, awq_words, group_of, save_packed, words
 from tests.families._small import save_small_llava, save_small_qwen2_vl
 from tmc_export.core.errors import ModelError
 from tmc_export.export.checkpoint import Checkpoint, open_checkpoint
@@ -95,6 +95,12 @@ def test_weights_are_what_the_codes_stand_for(name: str, made: Callable[[str], P
         codes, zeros, scales = packed.stored[matrix.name]
         form = FORMS[name]
         middle = 2 ** (form.bits - 1)
+        order = matrix.order()
+        assert (order is not None) == form.scattered
+        if order is not None:  # the first group's channels first, each group's in their own order
+            groups = group_of(len(codes), len(scales), True)
+            assert order.tolist() == [k for g in range(len(scales)) for k in range(len(codes)) if groups[k] == g]
+            codes = codes[order]
         if form.symmetric:
             assert matrix.zero_points() is None
             want = codes if form.fp8 else codes.astype(np.int16) - middle
@@ -205,6 +211,7 @@ BROKEN: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], object], str]] 
     "scales that are codes": ("awq", lambda t: t.update({f"{UP}.scales": t[f"{UP}.scales"].int()}), "holds I32"),
     "plain weights with scales": ("int8", lambda t: t.update({f"{UP}.weight": t[f"{UP}.weight"].float()}), "holds F32, int8 .* has I8"),
     "scattered groups": ("gptq", lambda t: t[f"{UP}.g_idx"].copy_(t[f"{UP}.g_idx"].flip(0)), "scattered over its input channels"),
+    "other groups": ("gptq-act-order", lambda t: t[f"{UP}.g_idx"].copy_(t[f"{UP}.g_idx"].clamp(max=0)), "are not 2 of 32 input channels"),
     "a bias from nowhere": ("gptq", lambda t: t.update({f"{UP}.bias": torch.ones(128)}), "is not zero, and the model has no such bias"),
     "codes without scales": ("int8", drop(f"{UP}.weight_scale"), r"holds codes \(I8\), and nothing says what they stand for"),
     "codes and weights": ("gptq", lambda t: t.update({f"{UP}.weight": torch.ones(128, 64)}), "do not stand for one matrix"),

@@ -130,6 +130,12 @@ def test_what_a_device_takes(name: str, device: str, runtime: str, files: ModelF
     assert any("the fallback is the unquantized model's float16" in n for n in report.notes) == board
 
 
+def test_activation_order_is_said(files: ModelFiles, write: Writer) -> None:
+    notes = report_plan(write(target=CPU), with_codes(files, desc_act=True)).notes
+    assert any("groups are scattered over the input channels" in n for n in notes)
+    assert not any("scattered" in n for n in report_plan(write(target=CPU), with_codes(files)).notes)
+
+
 def test_an_unknown_method_is_refused_by_the_plan(files: ModelFiles, write: Writer) -> None:
     with pytest.raises(ModelError, match="quant_method is 'bitsandbytes', which is not read"):
         make_plan(write(target=CPU), replace(files, config={**files.config, "quantization_config": {"quant_method": "bitsandbytes"}}))

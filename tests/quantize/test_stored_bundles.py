@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests._packed import FORMS, Packed, save_packed
+from tests._packed import FORMS, Packed, group_of, save_packed
 from tests._tiny import tmc
 from tests.end_to_end._generate import compare_with_generate
 from tests.quantize._reading import fused, graphs, parts_of
@@ -38,7 +38,7 @@ CPU = "{device: cpu, runtime: onnxruntime}"
 FULL = ("gptq", "gptq-v2-zero-points", "awq", "packed-zero-points", "packed-8-bits", "fp8")
 """Forms that are built with a cut and the reference recorded; the others are built uncompressed, and compared with `generate` alone."""
 OTHERS = tuple(name for name in FORMS if name not in FULL)
-FORMS_AS = {"gptq": "int4", "gptq-8-bits": "int8", "packed-8-bits": "int8", "fp8": "fp8"}
+FORMS_AS = {"gptq": "int4", "gptq-act-order": "int4", "gptq-8-bits": "int8", "packed-8-bits": "int8", "fp8": "fp8"}
 
 
 @pytest.fixture(scope="session")
@@ -102,6 +102,7 @@ def test_the_codes_in_the_graphs_are_the_checkpoints(name: str, made: Callable[[
             place = linear.replace("layers.0.", f"layers.{block}.") if block else linear
             (key,) = (k for k in packed.stored if k.endswith(f"{place}.weight"))
             want, zero, scale = packed.stored[key]
+            want = want[np.argsort(group_of(len(want), len(scale), form.scattered), kind="stable")]
             shift = 0 if form.fp8 or not form.symmetric else 2 ** (form.bits - 1)
             assert np.array_equal(codes, want.astype(np.float32) - shift), linear
             rows = scales.reshape(-1, scales.shape[-1])
@@ -111,6 +112,19 @@ def test_the_codes_in_the_graphs_are_the_checkpoints(name: str, made: Callable[[
                 assert np.array_equal(zeros, np.repeat(zero, len(rows) // len(zero), axis=0)), linear
             seen += 1
     assert seen == 14 - (name == "awq")
+
+
+@pytest.mark.parametrize("name", ["gptq", "gptq-act-order", "packed-act-order"])
+def test_products_share_what_brings_their_input_into_the_groups_order(name: str, built: Callable[[str], Path]) -> None:
+    """Activation order: a Gather for query, key and value, one for their output, one for gate and up, one for down; else none."""
+    for graph in graphs(built(name), "block").values():
+        gathers = [n for n in graph.graph if n.op_type == "Gather" and (n.inputs[1].name or "").endswith(".order")]
+        layers = 1 if name in FULL else 2
+        assert len(gathers) == (4 * layers if FORMS[name].scattered else 0)
+        orders = [g.inputs[1].const_value.numpy() for g in gathers]
+        assert all(sorted(o.tolist()) == list(range(len(o))) and not np.array_equal(o, np.arange(len(o))) for o in orders)
+        joined = [n for n in graph.graph if n.op_type == "DequantizeLinear" and "+" in (n.inputs[0].name or "")]
+        assert len(joined) == layers  # query, key and value are one product still
 
 
 def test_a_linear_that_is_left_out_stays_as_it_is(made: Callable[[str], Packed], built: Callable[[str], Path]) -> None:
@@ -172,6 +186,18 @@ def test_the_whole_ladder(name: str, made: Callable[[str], Packed], built: Calla
     assert ran.code == 0, ran.err
 
 
+def test_qwen2_vl_in_the_hubs_first_layout(tmp_path: Path) -> None:
+    """Keys as in Qwen's own AWQ folders: `model.layers.0.mlp.down_proj.qweight`, the decoder's numbers at the top of config.json."""
+    from tests.families._small import save_small_qwen2_vl
+
+    model = save_small_qwen2_vl(tmp_path / "model", layers=1, vision_layers=1, flat=True)
+    packed = save_packed(model, tmp_path / "made", FORMS["awq"])
+    bundle = build(packed.folder, "bundle", compress="", record=True)
+    ran = tmc("verify", bundle, "--model", packed.folder)
+    assert ran.code == 0, ran.err
+    assert len(stored_in(bundle, "block_0")) == 7
+
+
 @pytest.mark.parametrize(
     "name", ["gptq", "awq", *OTHERS, *(pytest.param(n, marks=pytest.mark.slow) for n in FULL if n not in ("gptq", "awq"))]
 )
@@ -188,17 +214,17 @@ def test_token_for_token_with_hugging_face_on_the_twin(name: str, made: Callable
 
 
 def test_one_wrong_code_is_seen(made: Callable[[str], Packed], tmp_path: Path) -> None:
-    """The twin of the checks above: codes in another order, and zero points one off, give other answers than the twin's weights."""
+    """The twin of the checks above: codes or groups in another order, and zero points one off, give other answers."""
     from PIL import Image
 
     noise = np.random.default_rng(0).integers(0, 255, (42, 42, 3), np.uint8)
-    for number, part in enumerate(("qweight", "qzeros")):
-        packed = made("awq")
+    for number, (name, part) in enumerate((("awq", "qweight"), ("awq", "qzeros"), ("gptq-act-order", "g_idx"))):
+        packed = made(name)
         folder = tmp_path / str(number) / "model"
         shutil.copytree(packed.folder, folder)
         tensors = load_file(folder / "model.safetensors")
         key = next(k for k in tensors if k.endswith(f"layers.0.mlp.up_proj.{part}"))
-        tensors[key] = tensors[key].flip(1) if part == "qweight" else (tensors[key] ^ 0x1111_1111)
+        tensors[key] = tensors[key] ^ 0x1111_1111 if part == "qzeros" else tensors[key].flip(-1)
         save_file(tensors, folder / "model.safetensors")
         session = load(build(folder, "whole", compress=""), threads=1, int4_accuracy=1)
         checks = list(compare_with_generate(session, packed.twin, [(Image.fromarray(noise), "what is it")], 4))
@@ -288,7 +314,16 @@ def test_zero_points_are_refused_for_tensorrt(made: Callable[[str], Packed]) -> 
         build(made("awq").folder, "rtx", dtype="float16", target="{device: rtx-4090, runtime: tensorrt-rtx}")
 
 
-@pytest.mark.parametrize("name", ["gptq", "gptq-8-bits", pytest.param("packed-8-bits", marks=pytest.mark.slow), "fp8"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gptq",
+        pytest.param("gptq-act-order", marks=pytest.mark.slow),
+        "gptq-8-bits",
+        pytest.param("packed-8-bits", marks=pytest.mark.slow),
+        "fp8",
+    ],
+)
 def test_tensorrt_rtx_builds_symmetric_codes(name: str, made: Callable[[str], Packed], tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="needs the extra [rtx]")
     from tmc_export.engine import EngineOptions, build_engine

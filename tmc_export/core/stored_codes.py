@@ -30,6 +30,7 @@ class StoredScheme:
         weights: what a code is: `int4`, `int8` or `fp8`.
         group: input channels that share a scale; 0: all of them, a scale per output channel.
         symmetric: no zero point but the middle of the codes.
+        scattered: a group may be any input channels, not only some in a row (activation order).
         zero_bias: what zero points are stored less: 1 in GPTQ's first format.
         targets, ignore: which linears: names, or `re:` and a pattern that matches from a name's beginning; `Linear` is every linear.
         words: a name need only be whole words of the linear's own, in a row.
@@ -42,6 +43,7 @@ class StoredScheme:
     weights: Code
     group: int
     symmetric: bool = True
+    scattered: bool = False
     zero_bias: int = 0
     targets: tuple[str, ...] = ("Linear",)
     ignore: tuple[str, ...] = ()
@@ -58,7 +60,8 @@ class StoredScheme:
     def says(self) -> str:
         """In a few words: `int4 (gptq, groups of 128, zero points)`."""
         scales = f"groups of {self.group}" if self.group else "a scale per output channel"
-        return f"{self.weights} ({self.method}, {scales}{'' if self.symmetric else ', zero points'})"
+        order = ", activation order" if self.scattered else ""
+        return f"{self.weights} ({self.method}, {scales}{order}{'' if self.symmetric else ', zero points'})"
 
     def covers(self, names: Sequence[str]) -> bool:
         """Whether a linear is stored as codes.
@@ -187,8 +190,7 @@ def _gptq(section: Section) -> StoredScheme:
     if section.get("pack_dtype") not in (None, "int32"):
         raise _refused("pack_dtype", section.get("pack_dtype"), "read is int32")
     group = _group(section)
-    if group and _flag(section, "desc_act", False) and not _flag(section, "static_groups", False):
-        raise _refused("desc_act", True, "its groups are scattered over the input channels, and read are groups in a row (desc_act: false)")
+    scattered = bool(group) and _flag(section, "desc_act", False) and not _flag(section, "static_groups", False)
     if _flag(section, "lm_head", False):
         raise _refused("lm_head", True, "read are linears of the decoder's layers, and the head as it is")
     dynamic = section.get("dynamic") or {}
@@ -196,7 +198,7 @@ def _gptq(section: Section) -> StoredScheme:
     if not all(key.startswith("-:") for key in keys):
         raise _refused("dynamic", dynamic, "read are linears that are all stored alike")
     return StoredScheme(
-        "gptq", "gptq", "int4" if bits == 4 else "int8", group, _flag(section, "sym", True), 1 if form == "gptq" else 0,
+        "gptq", "gptq", "int4" if bits == 4 else "int8", group, _flag(section, "sym", True), scattered, 1 if form == "gptq" else 0,
         targets=_names(section, "modules_in_block_to_quantize") or ("Linear",),
         ignore=_names(section, "modules_to_not_convert") + _checked("dynamic", [f"re:{key[2:]}" for key in keys]),
     )  # fmt: skip
@@ -244,7 +246,7 @@ def _compressed(section: Section) -> StoredScheme:
 
 
 def _alike(scheme: StoredScheme) -> tuple[object, ...]:
-    return scheme.layout, scheme.weights, scheme.group, scheme.symmetric, scheme.inputs
+    return scheme.layout, scheme.weights, scheme.group, scheme.symmetric, scheme.scattered, scheme.inputs
 
 
 def _compressed_group(section: Section, group: Section, ignore: tuple[str, ...], kv: str) -> StoredScheme:
@@ -261,13 +263,9 @@ def _compressed_group(section: Section, group: Section, ignore: tuple[str, ...],
     strategy = str(weights.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")).lower()
     if strategy not in ("tensor", "channel", "group") or (strategy == "group" and code == "fp8"):
         raise _refused("config_groups", f"strategy {strategy} of {code}", "read are channel and tensor, and group for int4 and int8")
-    if weights.get("actorder") in (True, "group", "dynamic"):
-        raise _refused(
-            "config_groups", f"actorder {weights['actorder']}",
-            "its groups are scattered over the input channels, and read are groups in a row (actorder: weight, or none)",
-        )  # fmt: skip
     return StoredScheme(
         "compressed-tensors", layout, code, _group(weights) if strategy == "group" else 0, _flag(weights, "symmetric", True),
+        strategy == "group" and weights.get("actorder") in (True, "group", "dynamic"),
         targets=_names(group, "targets") or ("Linear",), ignore=ignore, words=False, inputs=_code(group.get("input_activations")), kv=kv,
     )  # fmt: skip
 

@@ -112,13 +112,34 @@ class PackedMatrix:
         return self.shape[0] // self.scheme.group if self.scheme.group else 1
 
     def codes(self) -> Array:
-        """Codes `[K, N]`: signed ones (int8, or E4M3 of `ml_dtypes`) where there are no zero points, else uint8."""
+        """Codes `[K, N]` in the order of `order`: signed ones (int8, or E4M3 of `ml_dtypes`) where there are no zero points, else uint8."""
         if self.scheme.weights == "fp8":
             import ml_dtypes
 
             return self._part("weight").view(torch.uint8).numpy().T.view(ml_dtypes.float8_e4m3fn)
-        plain = self._unsigned()
+        plain, order = self._unsigned(), self.order()
+        plain = plain if order is None else np.ascontiguousarray(plain[order])
         return plain if self.zero_points() is not None else _signed(plain, self.scheme.bits)
+
+    def order(self) -> Array | None:
+        """Input channels, int64 `[K]`, the first group's first; None where groups are channels in a row already.
+
+        Raises:
+            ModelError: groups are of other sizes, or scattered although config.json does not say so.
+        """
+        part = next((p for p in ("g_idx", "weight_g_idx") if p in self.places), None)
+        found = None if part is None else self._part(part).numpy().astype(np.int64)
+        each = self.scheme.group or self.shape[0]
+        if found is None or (found == -1).all() or np.array_equal(found, np.arange(self.shape[0]) // each):
+            return None
+        if not self.scheme.scattered:
+            raise ModelError(
+                f"the groups of '{self.name}' are scattered over its input channels ({part}), and config.json does not say so (desc_act, "
+                "or actorder); the two do not belong together: fetch the model again"
+            )
+        if not np.array_equal(np.sort(found), np.arange(self.shape[0]) // each):
+            raise ModelError(f"the groups of '{self.name}' ({part}) are not {self.groups} of {each} input channels; fetch the model again")
+        return np.argsort(found, kind="stable")
 
     def zero_points(self) -> Array | None:
         """Zero points uint8 `[G, N]`; None where all of them are the middle of the codes, which makes signed codes without any.
@@ -159,13 +180,16 @@ class PackedMatrix:
         grouped = codes.reshape(self.groups, -1, self.shape[1])
         if zeros is not None:
             grouped = grouped - torch.from_numpy(zeros.astype(np.float32))[:, None]
-        return (grouped * self.scales(torch.float32)[:, None]).reshape(self.shape).T.contiguous()
+        weight, order = (grouped * self.scales(torch.float32)[:, None]).reshape(self.shape), self.order()
+        if order is not None:
+            weight = weight[torch.from_numpy(np.argsort(order))]
+        return weight.T.contiguous()
 
     def check(self, headers: Callable[[Path], Mapping[str, Header]]) -> None:
-        """Compare the tensors' headers with what the layout says, and the order of the groups with what is read.
+        """Compare the tensors' headers with what the layout says, and the order of the groups with what config.json says.
 
         Raises:
-            ModelError: a tensor is missing, has another shape or type, or groups are scattered over the input channels.
+            ModelError: a tensor is missing, has another shape or type, or groups are scattered where they should not be.
         """
         needed, _ = _PARTS[self.scheme.layout]
         lacking = [part for part in needed if part not in self.places]
@@ -192,7 +216,7 @@ class PackedMatrix:
             if part in wanted and held[1] not in wanted[part][1]:
                 types = " or ".join(sorted(wanted[part][1]))
                 raise ModelError(f"{path}: tensor '{key}' holds {held[1]}, {self.scheme.says} has {types}; fetch the model again")
-        self._check_order()
+        self.order()
 
     def _shapes(self) -> dict[str, tuple[tuple[tuple[int, ...], ...], frozenset[str]]]:
         """Part → shapes and types that it may have."""
@@ -209,19 +233,8 @@ class PackedMatrix:
             found["weight_zero_point"] = (zeros, words | {"I8"})
             return found
         found["weight"] = (((n, k),), frozenset(_CODES[self.scheme.weights]))
+        found["weight_zero_point"] = (scales, frozenset({"I8", "I32", "I64"}))
         return found
-
-    def _check_order(self) -> None:
-        part = next((p for p in ("g_idx", "weight_g_idx") if p in self.places), None)
-        if part is None:
-            return
-        order = self._part(part)
-        plain = torch.arange(self.shape[0]) // (self.scheme.group or self.shape[0])
-        if not bool((order == -1).all()) and not torch.equal(order.long(), plain):
-            raise ModelError(
-                f"the groups of '{self.name}' are scattered over its input channels ({part}), and read are groups in a row; name a "
-                "checkpoint without activation order (desc_act: false, or actorder: weight)"
-            )
 
     def _part(self, part: str) -> Tensor:
         return self.read(*self.places[part])

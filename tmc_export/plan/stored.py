@@ -54,7 +54,7 @@ def stored_decoder(files: ModelFiles, decoder: DecoderFacts) -> QuantizePlan | N
             f"config.json: quantization_config stores linears of {', '.join(map(str, sorted(channels)))} input channels in {what}, and "
             "read are groups that divide them and are multiples of 32; name a checkpoint with group_size 32, 64 or 128"
         )
-    stored = StoredCodes(scheme.method, scheme.group, not scheme.symmetric, scheme.inputs, scheme.kv)
+    stored = StoredCodes(scheme.method, scheme.group, not scheme.symmetric, scheme.scattered, scheme.inputs, scheme.kv)
     return QuantizePlan(scheme.weights, fitting[0] if blocks else 0, left, stored=stored)
 
 
@@ -86,7 +86,8 @@ def _says(scheme: QuantizePlan) -> str:
     if stored is None:
         return scheme.weights
     scales = f"groups of {stored.group}" if stored.group else "a scale per output channel"
-    return f"{scheme.weights} ({stored.method}, {scales}{', zero points' if stored.zero_points else ''})"
+    order = ", activation order" if stored.scattered else ""
+    return f"{scheme.weights} ({stored.method}, {scales}{order}{', zero points' if stored.zero_points else ''})"
 
 
 def stored_notes(plan: Plan) -> list[str]:
@@ -102,6 +103,8 @@ def stored_notes(plan: Plan) -> list[str]:
             found.append(f"{part}: its groups are stored as blocks of {scheme.block}, each with its group's scale: the same numbers")
         if plan.runtime != "onnxruntime" and scheme.weights == "int8" and scheme.block:
             found.append(f"TensorRT-RTX widens int8 in groups before each product: they are small, and read no faster than {plan.dtype}")
+        if stored.scattered:
+            found.append(f"{part}: groups are scattered over the input channels: products read their input in the groups' order")
         for what, code in (("inputs of products", stored.inputs), ("keys and values", stored.kv)):
             if code:
                 found.append(f"{part}: the checkpoint was made for {what} in {code}; here they stay in {plan.dtype}")

@@ -198,12 +198,14 @@ class StoredCodes:
         method: `gptq`, `awq` or `compressed-tensors`.
         group: input channels that share a scale in the checkpoint; 0: a scale per output channel.
         zero_points: whether codes may have other zero points than their middle.
+        scattered: whether a group may be any input channels, so that products read their input in another order.
         inputs, kv: what its maker's runtime rounds the inputs of products, and keys and values, to; empty: nothing.
     """
 
     method: str
     group: int
     zero_points: bool = False
+    scattered: bool = False
     inputs: str = ""
     kv: str = ""
 

@@ -7,6 +7,9 @@ Before: `MatMul(x, W [K, N])`, W the weight that the codes stand for. After: `Ma
 - int8 and fp8 per output channel: `s [N]`, `axis=1`.
 - Without zero points (all of them are the middle of the codes) Q is int4 or int8 and z is left out; else Q and z are uint4 or uint8.
 
+Where groups are scattered over the input channels (activation order), Q has the channels of a group in a row, and x is brought into that
+order: `MatMul(Gather(x, order, axis=-1), …)`, one Gather for all products that read one x in one order.
+
 onnxruntime multiplies 4-bit and 8-bit codes as they are, with zero points, too (its `MatMulNBits`). TensorRT-RTX reads signed codes, int8
 in groups, too; it takes no zero points.
 """
@@ -57,9 +60,11 @@ def apply_stored(model: ir.Model, block: int, packed: Mapping[str, PackedMatrix]
     for node, value in weights_of(model, {"MatMul": 1}, belongs):
         if weight_name(value) in packed:
             readers.setdefault(value.name or "", (value, []))[1].append(node)
+    ordered: dict[tuple[int, bytes], ir.Value] = {}
     for value, nodes in readers.values():
         matrix = packed[weight_name(value)]
         _check_form(value, matrix)
+        _reorder(model, value, matrix.order(), nodes, ordered)
         node = _dequantize(model, value, matrix, block)
         model.graph.insert_before(nodes[0], node)
         replace_input(model, value, node.outputs[0], nodes)
@@ -79,6 +84,26 @@ def _check_form(value: ir.Value, matrix: PackedMatrix) -> None:
     source = keyed(value)
     if source.key != f"{matrix.name}|transpose(1, 0)" or shape_of(source) != matrix.shape:
         raise ExportError(f"'{matrix.name}' is stored as codes and read as {source.key}, of shape {list(shape_of(source))}")
+
+
+def _reorder(
+    model: ir.Model, value: ir.Value, order: Array | None, nodes: list[ir.Node], ordered: dict[tuple[int, bytes], ir.Value]
+) -> None:
+    """Let products read their input with its channels in the order of the codes; `ordered` remembers which inputs were brought into it."""
+    for node in nodes if order is not None else ():
+        given = node.inputs[0]
+        if given is None or order is None:
+            continue
+        key = id(given), order.tobytes()
+        if key not in ordered:
+            name = f"{value.name}.order"
+            places = model.graph.initializers.get(name) or register(model, ir.tensor(order, name=name))
+            gather = ir.node("Gather", [given, places], attributes={"axis": -1}, name=f"{node.name}.reorder")
+            out = gather.outputs[0]
+            out.name, out.shape, out.type = f"{given.name}.{value.name}.ordered", given.shape, given.type
+            model.graph.insert_before(node, gather)
+            ordered[key] = out
+        node.replace_input_with(0, ordered[key])
 
 
 def _dequantize(model: ir.Model, value: ir.Value, matrix: PackedMatrix, block: int) -> ir.Node:
