@@ -24,6 +24,9 @@ from tmc_export.export.packed import FLOATS, Header, PackedMatrix, find_packed, 
 
 __all__ = ["Checkpoint", "TensorSource", "narrow", "open_checkpoint", "read_raw", "wrong_shape"]
 
+_CODES = frozenset({"qweight", "weight_packed", "weight"})
+"""Tensors that hold the codes of a linear; the others go with one."""
+
 
 class TensorSource(Protocol):
     """Where tensors are read by name, one at a time: a checkpoint, or the learned weights of a method."""
@@ -226,11 +229,14 @@ def _matrices(
     """State-dict name → codes, of every linear of the model that the files hold so.
 
     Raises:
-        ModelError: a linear is joined of several, is there twice, or has a bias that the model has not.
+        ModelError: a linear is joined of several, is there twice, or has a bias that the model has not; or scales go with no linear.
     """
     found: dict[str, PackedMatrix] = {}
     for module, places in find_packed(files, stored).items():
         name, pattern = rename(f"{module}.weight")
+        if name not in shapes and _CODES.isdisjoint(places):
+            (place, key), *_ = places.values()
+            raise ModelError(f"{place}: '{key}' goes with no linear of the model: scales of something else are not served")
         if name not in shapes:
             continue
         again = f"{module}.weight" in files and "weight" not in places
