@@ -215,7 +215,7 @@ BROKEN: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], object], str]] 
     "a bias from nowhere": ("gptq", lambda t: t.update({f"{UP}.bias": torch.ones(128)}), "is not zero, and the model has no such bias"),
     "codes without scales": ("int8", drop(f"{UP}.weight_scale"), r"holds codes \(I8\), and nothing says what they stand for"),
     "scales of an activation": ("awq", lambda t: t.update({f"{UP[:-7]}act.scales": torch.ones(1, 64)}), "goes with no linear of the model"),
-    "codes and weights": ("gptq", lambda t: t.update({f"{UP}.weight": torch.ones(128, 64)}), "do not stand for one matrix"),
+    "codes and weights": ("gptq", lambda t: t.update({f"{UP}.weight": torch.ones(128, 64)}), "do not stand for one matrix of the model"),
 }
 
 

@@ -236,12 +236,16 @@ def _matrices(
         name, pattern = rename(f"{module}.weight")
         if name not in shapes and _CODES.isdisjoint(places):
             (place, key), *_ = places.values()
-            raise ModelError(f"{place}: '{key}' goes with no linear of the model: scales of something else are not served")
+            raise ModelError(
+                f"{place}: '{key}' goes with no linear of the model: scales of something else are not read; name another checkpoint"
+            )
         if name not in shapes:
             continue
         again = f"{module}.weight" in files and "weight" not in places
         if pattern is not None or len(shapes[name]) != 2 or name in found or again:
-            raise ModelError(f"the codes of '{module}' do not stand for one matrix of the model; they are not served")
+            raise ModelError(
+                f"the codes of '{module}' do not stand for one matrix of the model, which alone are read; name another checkpoint"
+            )
         path, bias = files.get(f"{module}.bias"), f"{module}.bias"
         if path is not None and rename(bias)[0] not in shapes and bool(read_raw(path, bias).any()):
             raise ModelError(
