@@ -17,6 +17,7 @@ NAMES = (
     "accuracy",
     "parity",
     "slot_scales",
+    "resume",
 )
 
 

@@ -142,7 +142,7 @@ def _watch(event: _Events) -> None:
 
     def told_capture(module: Any, inputs: Any, **more: Any) -> ir.Model:
         event("trace")
-        key = (event.line, str(more["checkpoint"].folder), *more["input_names"], *(str(x.dtype) for x in inputs))
+        key = (event.line, str(more["checkpoint"].folder), *more["input_names"], *(f"{x.dtype}{list(x.shape)}" for x in inputs))
         if event.trace or key not in traced:
             traced[key] = capture(module, inputs, **more)
         return traced[key].clone()  # what comes next changes it

@@ -5,14 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tests._tiny import RECIPE, TEXT_ONLY, listing, save_tiny_model, write_recipe
 from tests.api._killed import Ended, KilledBuilds
-from tmc_export.bundle.journal import JOURNAL
+from tmc_export.api.resuming import step
+from tmc_export.bundle.journal import JOURNAL, Journal
+from tmc_export.bundle.program import GraphPhase, PhaseName
 from tmc_export.bundle.read import check_files, open_manifest
+from tmc_export.core.files import exchange
+from tmc_export.surgery._states import Handed
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="builds are killed in forks")
 KILLED = -9
@@ -21,9 +27,9 @@ KILLED = -9
 class Place:
     """A recipe, the undisturbed bundle of it, and builds that are killed."""
 
-    def __init__(self, builds: KilledBuilds, recipe: Path, record: bool) -> None:
+    def __init__(self, builds: KilledBuilds, recipe: Path, record: bool, folder: Path | None = None) -> None:
         self.builds, self.recipe, self.record = builds, recipe, record
-        self.whole = recipe.parent / "whole"
+        self.whole = (folder or recipe.parent) / "whole"
         self.first = builds.build(recipe, self.whole, here=True, trace=True, record=record)
         assert self.first.status == 0, self.first.error
 
@@ -31,6 +37,11 @@ class Place:
         ended = self.builds.build(self.recipe, out, die, record=self.record, **more)
         assert ended.status == (0 if die is None else KILLED), ended.error or ended.events
         return ended
+
+    def build_other(self, out: Path) -> Path:
+        """Build another bundle of the same model into a folder."""
+        self.build(out, overrides=["inputs.new_tokens=8"])
+        return out
 
     def number(self, event: str, nth: int = 0) -> int:
         """Return the number of the nth event that opens with `event` in the undisturbed build."""
@@ -100,13 +111,13 @@ def killed_and_resumed(place: Place, out: Path, die: int) -> Ended:
 
 # ---------------------------------------------------------------------------------------------------------- killed anywhere
 POINTS = [
-    pytest.param("line export embed", 0, id="before the first subgraph"),
+    pytest.param("line export embed", 0, id="before the first subgraph", marks=pytest.mark.slow),
     pytest.param("append block_0.data", 2, id="in the middle of a tensor"),
     pytest.param("appended block_0.data", 3, id="after a tensor, before its record"),
-    pytest.param("record weight", 4, id="in the middle of a record"),
+    pytest.param("record weight", 4, id="in the middle of a record", marks=pytest.mark.slow),
     pytest.param("save block_0_decode", 0, id="in the middle of a graph"),
     pytest.param("line hash files", 0, id="when all is made"),
-    pytest.param("rename .part", 0, id="before it is put in its place"),
+    pytest.param("rename .part", 0, id="before it is put in its place", marks=pytest.mark.slow),
     pytest.param("renamed .part", 0, id="when it is in its place"),
 ]
 
@@ -139,19 +150,19 @@ def test_a_full_disk(place: Place, tmp_path: Path, event: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_full_disk_at_every_write(recorded: Place, tmp_path: Path) -> None:
+def test_a_full_disk_at_many_writes(recorded: Place, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    recorded.build(out, overrides=["inputs.new_tokens=8"])  # a bundle that is to stay
-    for at, event in enumerate(recorded.first.events):
-        if event.split()[0] in ("append", "record", "save", "answer", "rename"):
-            full_disk(recorded, out, at)
+    recorded.build_other(out)  # a bundle that is to stay
+    writes = [i for i, e in enumerate(recorded.first.events) if e.split()[0] in ("append", "record", "save", "answer")]
+    for at in writes[::5]:
+        full_disk(recorded, out, at)
     check_files(out, open_manifest(out))
 
 
 @pytest.mark.slow
 def test_killed_at_many_events(pictures: Place, tmp_path: Path) -> None:
-    """Every third, so that over a subgraph each kind is met."""
-    for die in range(1, len(pictures.first.events), 3):
+    """Every seventh, so that over the subgraphs each kind is met."""
+    for die in range(1, len(pictures.first.events), 7):
         killed_and_resumed(pictures, tmp_path / f"{die}", die)
 
 
@@ -174,6 +185,37 @@ def test_killed_at_every_line_with_answers_and_a_script(recorded: Place, tmp_pat
 
 
 @pytest.mark.slow
+def test_states_that_graphs_hand_on_come_back(builds: KilledBuilds, repository: Path, tmp_path: Path) -> None:
+    """MustDrop hands what the encoder found to the first cut, and that to the second: killed before each of them."""
+    place = Place(builds, repository / "recipes" / "tiny-llava-mustdrop-fp32.yaml", record=False, folder=tmp_path)
+    for cut in ("compress_1", "compress_2"):
+        again = killed_and_resumed(place, tmp_path / cut, place.number(f"line export {cut}"))
+        assert 0 < again.count("trace") < place.first.count("trace")
+
+
+def test_what_a_step_found_out_comes_back(tmp_path: Path) -> None:
+    """States by entry with their shapes and types, profiles, and how many weights a scheme has changed."""
+    handed = {
+        0: [Handed(0, "scores", (1, 9), torch.float16)],
+        2: [Handed(2, "kept", (2, 3), torch.int64), Handed(2, "sum", (2,), torch.float32)],
+    }
+    counts = {"decoder": 7}
+
+    def work(profiles: list[dict[str, object]], states: dict[int, list[Handed]], found: dict[str, int]) -> Any:
+        schemes = SimpleNamespace(counts=lambda: found, restore=found.update)
+        return SimpleNamespace(journal=Journal(tmp_path, "k"), profiles=profiles, handed=states, schemes=schemes, saved=[])
+
+    made = {"prefill": GraphPhase(file="onnx/a.onnx", tokens=3), "decode": GraphPhase(file="onnx/b.onnx", tokens=1, past=9)}
+    first = work([{"name": "a", "shapes": {"x": [1, 2]}}], handed, counts)
+    assert step(first, "a", dict[PhaseName, GraphPhase], lambda: made) is made
+    again = work([], {}, {"decoder": 0})
+    assert step(again, "a", dict[PhaseName, GraphPhase], lambda: pytest.fail("it is made again")) == made
+    assert again.handed == handed and again.profiles == first.profiles and again.schemes.counts() == counts
+    with pytest.raises(pytest.fail.Exception):
+        step(again, "b", dict[PhaseName, GraphPhase], lambda: pytest.fail("it is made"))
+
+
+@pytest.mark.slow
 def test_killed_again_and_again(pictures: Place, tmp_path: Path) -> None:
     """Every build gets a little further; none begins anew."""
     out, kills = tmp_path / "out", 0
@@ -185,18 +227,26 @@ def test_killed_again_and_again(pictures: Place, tmp_path: Path) -> None:
 
 
 def test_the_bundle_that_was_there_stays_until_the_end(place: Place, tmp_path: Path) -> None:
-    """Then both change places in one step."""
     out = tmp_path / "out"
-    place.build(out, overrides=["inputs.new_tokens=8"])
-    before = bytes_of(out)
+    before = bytes_of(place.build_other(out))
     place.build(out, place.number("append block_0.data"))
     assert bytes_of(out) == before
     check_files(out, open_manifest(out))
     (left,) = remains(out)
     old = place.build(out, overrides=["inputs.new_tokens=8"])  # is up to date, and what the killed one left is of no use
     assert old.events == [] and not left.exists() and bytes_of(out) == before
+
+
+@pytest.mark.slow
+def test_killed_when_two_bundles_change_places(place: Place, tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    if not exchange(tmp_path / "a", tmp_path / "b"):
+        pytest.skip("this file system cannot exchange two folders")
+    out = tmp_path / "out"
+    before = bytes_of(place.build_other(out))
     for event in ("exchange", "exchanged"):
-        assert place.build(out, force=True, overrides=["inputs.new_tokens=8"]).events[-1] == "exchanged"
+        place.build_other(out)
         ended = place.builds.build(place.recipe, out, len(place.first.events) - 3 + (event == "exchanged"), record=False)
         assert (ended.status, ended.events[-1]) == (KILLED, event)
         assert bytes_of(out) == before if event == "exchange" else (out / JOURNAL).is_file()
