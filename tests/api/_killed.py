@@ -84,7 +84,7 @@ class _Events:
     die: int | None = None
     full: int | None = None
     number = 0
-    line = ""
+    recipe = line = ""
     trace = True
 
     def __call__(self, text: str, half: Callable[[], object] = lambda: None) -> None:
@@ -142,7 +142,7 @@ def _watch(event: _Events) -> None:
 
     def told_capture(module: Any, inputs: Any, **more: Any) -> ir.Model:
         event("trace")
-        key = (event.line, str(more["checkpoint"].folder), *more["input_names"], *(f"{x.dtype}{list(x.shape)}" for x in inputs))
+        key = (event.recipe, event.line, *more["input_names"], *(f"{x.dtype}{list(x.shape)}" for x in inputs))
         if event.trace or key not in traced:
             traced[key] = capture(module, inputs, **more)
         return traced[key].clone()  # what comes next changes it
@@ -174,7 +174,7 @@ def _build(request: dict[str, Any], event: _Events, say: int) -> int:
     from tmc_export.api.bundling import build_bundle
 
     event.say, event.die, event.full, event.number = say, request["die"], request["full"], 0
-    event.trace = request["trace"]
+    event.recipe, event.trace = request["recipe"], request["trace"]
     try:
         build_bundle(request["recipe"], request["out"], progress=lambda line: event(f"line {line}"), **request["arguments"])
     except BaseException:  # noqa: BLE001 - whatever ended it is told to the test

@@ -165,6 +165,22 @@ def test_what_a_killed_builder_left_in_the_cache_is_removed(machine: Machine) ->
     assert states(machine.build(machine.bundle("two", "Relu"))) == ["cached"] and not left.exists()
 
 
+def test_an_engine_of_tensorrt_rtx_itself(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="needs the extra [rtx]")
+    cache, reports = EngineCache(tmp_path / "cache", 1 << 30), []
+    for name in ("one", "two"):
+        make_static(tmp_path / name / "onnx/g.onnx")
+        (tmp_path / name / "engines").mkdir()
+        subgraph = {"name": "g", "onnx": "onnx/g.onnx", "precision": "float32", "profiles": [{"name": "static", "shapes": {}}]}
+        (tmp_path / name / "engines/profiles.json").write_text(json.dumps({"subgraphs": [subgraph]}))
+        reports += build_engines(tmp_path / name, EngineOptions(), cache=cache)
+    assert states(reports) == ["built", "cached"]
+    assert reports[1].layers == reports[0].layers and reports[1].path.read_bytes() == reports[0].path.read_bytes()
+    assert read_engines(tmp_path / "one") == read_engines(tmp_path / "two")
+    other = build_engines(tmp_path / "two", EngineOptions(capabilities=("SM86",)), cache=cache)
+    assert states(list(other)) == ["built"]  # for another GPU
+
+
 # -------------------------------------------------------------------------------------------------------------- two at once
 def at_once(machine: Machine, first: Path, second: Path) -> tuple[list[str], list[str], list[str]]:
     """Build two bundles, the second while the first is at work; return what became of the engines, and who waited."""
