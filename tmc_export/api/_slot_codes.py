@@ -36,7 +36,7 @@ def slot_codes(plan: Plan, found: Mapping[str, tuple[float, ...]] | None) -> Slo
         return None
     if found is None:
         raise LegalityError(
-            "quantize.kv.weights: int8 slots need scales that are found on the calibration data, and `build` does not look for them yet; "
+            "quantize.kv.weights: int8 slots need scales that are found on the calibration data, and none were found; give samples, or "
             "remove quantize.kv"
         )
     decoder = plan.facts.decoder
