@@ -138,14 +138,17 @@ def _watch(event: _Events) -> None:
         write_record(self, fields)
         event(f"recorded {kind}")
 
-    traced: dict[tuple[object, ...], ir.Model] = {}
+    traced: dict[tuple[object, ...], tuple[ir.Model, list[Any]]] = {}
 
     def told_capture(module: Any, inputs: Any, **more: Any) -> ir.Model:
         event("trace")
         key = (event.recipe, event.line, *more["input_names"], *(f"{x.dtype}{list(x.shape)}" for x in inputs))
+        handed = module.states.handed if hasattr(module, "states") else []  # found out by tracing
         if event.trace or key not in traced:
-            traced[key] = capture(module, inputs, **more)
-        return traced[key].clone()  # what comes next changes it
+            model = capture(module, inputs, **more)
+            traced[key] = model, list(handed)
+        handed[:] = traced[key][1]
+        return traced[key][0].clone()  # what comes next changes it
 
     def told_case(folder: Path, case: Any) -> Path:
         event(f"answer {case.name}")
