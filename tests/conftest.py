@@ -9,7 +9,9 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any test imports a hub client: the suite never depends on a network
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["TMC_CACHE_GIB"] = "0"  # no test takes an engine that something else has built; the tests of the cache name one of their own
+os.environ["TMC_EXPORT_CACHE_GIB"] = (
+    "0"  # no test takes an engine that something else has built; the tests of the cache name one of their own
+)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -78,24 +78,24 @@ def test_a_lock_file_that_is_removed_while_one_waits_is_made_anew(tmp_path: Path
 
 
 def test_where_the_cache_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TMC_CACHE", raising=False)
+    monkeypatch.delenv("TMC_EXPORT_CACHE_DIR", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     assert cache_folder() == tmp_path / ".cache" / "tmc-export"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache_folder() == tmp_path / "xdg" / "tmc-export"
-    monkeypatch.setenv("TMC_CACHE", "~/mine")
+    monkeypatch.setenv("TMC_EXPORT_CACHE_DIR", "~/mine")
     assert cache_folder() == tmp_path / "mine"
 
 
 @pytest.mark.parametrize(("text", "size"), [("", 16 << 30), ("0", 0), ("0.5", 1 << 29)])
 def test_how_much_it_may_take(monkeypatch: pytest.MonkeyPatch, text: str, size: int) -> None:
-    monkeypatch.setenv("TMC_CACHE_GIB", text)
+    monkeypatch.setenv("TMC_EXPORT_CACHE_GIB", text)
     assert cache_bytes() == size
 
 
 @pytest.mark.parametrize("text", ["much", "-1", "nan", "1e99"])
 def test_a_limit_that_is_no_number(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    monkeypatch.setenv("TMC_CACHE_GIB", text)
-    with pytest.raises(RuntimeInputError, match=f"TMC_CACHE_GIB={text}"):
+    monkeypatch.setenv("TMC_EXPORT_CACHE_GIB", text)
+    with pytest.raises(RuntimeInputError, match=f"TMC_EXPORT_CACHE_GIB={text}"):
         cache_bytes()

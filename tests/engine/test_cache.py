@@ -223,7 +223,7 @@ def test_two_in_one_bundle(machine: Machine) -> None:
 
 # ------------------------------------------------------------------------------------------------------------------- killed
 def command(bundle: Path, cache: Path) -> subprocess.Popen[str]:
-    environment = {**os.environ, "TMC_CACHE": str(cache), "TMC_CACHE_GIB": "1"}
+    environment = {**os.environ, "TMC_EXPORT_CACHE_DIR": str(cache), "TMC_EXPORT_CACHE_GIB": "1"}
     line = [sys.executable, "-m", "tmc_export.cli", "engine", str(bundle), "--runtime", "tensorrt"]
     return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -274,8 +274,8 @@ def test_a_full_disk_beside_the_engine_is_one_line(machine: Machine, monkeypatch
 
 
 def test_the_command_line_uses_the_cache_and_says_so(machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("TMC_CACHE", str(tmp_path / "mine"))
-    monkeypatch.setenv("TMC_CACHE_GIB", "1")
+    monkeypatch.setenv("TMC_EXPORT_CACHE_DIR", str(tmp_path / "mine"))
+    monkeypatch.setenv("TMC_EXPORT_CACHE_GIB", "1")
     assert "built in" in tmc("engine", machine.bundle("one"), "--runtime", "tensorrt").out
     ran = tmc("engine", machine.bundle("two"), "--runtime", "tensorrt", "--json")
     assert [e["cached"] for e in json.loads(ran.out)] == [True, True]
@@ -285,6 +285,6 @@ def test_the_command_line_uses_the_cache_and_says_so(machine: Machine, monkeypat
     assert (
         found["value"].startswith("2 engines, 0.0 GiB of at most 1.0 GiB") and f"rm -r {tmp_path / 'mine' / 'engines'}" in found["advice"]
     )
-    monkeypatch.setenv("TMC_CACHE_GIB", "lots")
+    monkeypatch.setenv("TMC_EXPORT_CACHE_GIB", "lots")
     ran = tmc("engine", tmp_path / "one", "--runtime", "tensorrt", "--force")
-    assert ran.code == 2 and "TMC_CACHE_GIB=lots" in ran.error()
+    assert ran.code == 2 and "TMC_EXPORT_CACHE_GIB=lots" in ran.error()

@@ -9,12 +9,12 @@ from tmc_export.core.errors import RuntimeInputError
 
 __all__ = ["CACHE", "CACHE_GIB", "cache_bytes", "cache_folder"]
 
-CACHE, CACHE_GIB = "TMC_CACHE", "TMC_CACHE_GIB"
+CACHE, CACHE_GIB = "TMC_EXPORT_CACHE_DIR", "TMC_EXPORT_CACHE_GIB"
 _DEFAULT_GIB = 16.0
 
 
 def cache_folder() -> Path:
-    """Return the cache's folder, which need not exist: `$TMC_CACHE`, else `tmc-export` in the user's cache folder."""
+    """Return the cache's folder, which need not exist: `$TMC_EXPORT_CACHE_DIR`, else `tmc-export` in the user's cache folder."""
     if named := os.environ.get(CACHE):
         return Path(named).expanduser().absolute()
     base = os.environ.get("XDG_CACHE_HOME") or ""
@@ -22,7 +22,7 @@ def cache_folder() -> Path:
 
 
 def cache_bytes() -> int:
-    """Return the bytes that the cache may take: `$TMC_CACHE_GIB` GiB, 16 by default; 0 means no cache.
+    """Return the bytes that the cache may take: `$TMC_EXPORT_CACHE_GIB` GiB, 16 by default; 0 means no cache.
 
     Raises:
         RuntimeInputError: the variable holds no such number.
