@@ -50,8 +50,8 @@ def command(
     """Build the TensorRT engines of BUNDLE; engines that are still valid are kept.
 
     A build that is interrupted or killed goes on where it stopped, engine by engine; of two at once, the second waits. Engines are also
-    kept by what they are made of, in TMC_EXPORT_CACHE_DIR (~/.cache/tmc-export) and up to TMC_EXPORT_CACHE_GIB (16; 0: none). Exit code 5 means memory or
-    disk did not suffice.
+    kept by what they are made of, in TMC_EXPORT_CACHE_DIR (~/.cache/tmc-export) and up to TMC_EXPORT_CACHE_GIB (16; 0: none). Exit code 5
+    means memory or disk did not suffice.
     """
     import json
 
