@@ -66,9 +66,9 @@ def test_eager_reads_the_tower_as_onnxruntime_does(trim: Path, folder: Path) -> 
     recipe, files, manifest = load_recipe(folder / "trim.yaml"), read_model_files(MODEL), open_manifest(trim)
     plan, _ = make_plan(recipe, files)
     towers = {t.source: folder / "clip" for t in plan.towers}
-    program, backend, _ = eager_program(plan, files, MODEL, AutoConfig.from_pretrained(MODEL), recipe.inputs.fit, towers)
-    assert program == manifest.program
-    eager, other = Session(trim, manifest, backend, BackendOptions()), load(trim)
+    made = eager_program(plan, files, MODEL, AutoConfig.from_pretrained(MODEL), recipe.inputs.fit, towers)
+    assert made.program == manifest.program
+    eager, other = Session(trim, manifest, made.backend, BackendOptions()), load(trim)
     kept = []
     for question in QUESTIONS:
         one = eager.generate(PICTURES[:1], question, chat=False, max_new_tokens=2)
