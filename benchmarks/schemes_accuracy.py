@@ -25,6 +25,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "examples" / "tiny-llava")]
 
+from benchmarks._answers import ask, divergence, overlap  # noqa: E402
 from benchmarks._common import save  # noqa: E402
 from benchmarks.accuracy import MODEL, RECIPES, collect, paired  # noqa: E402
 
@@ -35,6 +36,7 @@ _EIGHT = {"weights": "int8", "activations": "int8"}
 _FP8 = {"weights": "fp8", "activations": "fp8"}
 _ALL = ("encoder", "projector", "decoder")
 SCHEMES: dict[str, dict[str, Any]] = {
+    "fp16": dict.fromkeys(_ALL, {"weights": "fp16"}),
     "bf16": dict.fromkeys(_ALL, {"weights": "bf16"}),
     "int8": dict.fromkeys(_ALL, {"weights": "int8"}),
     "int8-w8a8": dict.fromkeys(_ALL, _EIGHT),
@@ -44,9 +46,10 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "int4-rtn": {"decoder": {"weights": "int4", "block": 32}},
     "int4-awq": {"decoder": {"weights": "int4", "block": 32, "algorithm": "awq"}},
     "int4-gptq": {"decoder": {"weights": "int4", "block": 32, "algorithm": "gptq"}},
+    "int8-slots": {"kv": {"weights": "int8"}},
 }
 """Name of a row → `quantize`."""
-GRADES = {"int8-w8a8": "int8 w8a8", "int8-w8a8-smooth": "int8 w8a8", "fp8-w8a8": "fp8 w8a8"}
+GRADES = {"fp16": "float16", "int8-w8a8": "int8 w8a8", "int8-w8a8-smooth": "int8 w8a8", "fp8-w8a8": "fp8 w8a8", "int8-slots": "int8 slots"}
 BOUNDED = {"int8-w8a8-smooth": 0.01, "int4-awq": 0.01}
 """Answers that may change, of those that fp32 is sure of."""
 CALIBRATION, FIRST = 32, 700_000
@@ -75,7 +78,7 @@ def recipe_of(plan: str, scheme: str, data: dict[str, Any], folder: Path) -> Pat
     shipped = PLANS[plan]
     entries = [] if shipped is None else load_recipe(RECIPES / f"{shipped}.yaml").model_dump(mode="json")["compress"]
     quantize = dict(SCHEMES[scheme]) if scheme != "fp32" else {}
-    if any("activations" in p or "algorithm" in p for p in quantize.values()):
+    if any("activations" in p or "algorithm" in p for p in quantize.values()) or "kv" in quantize:
         quantize["calibration"] = data
     recipe = {
         "recipe": 1, "name": f"{plan}-{scheme}", "model": {"source": str(MODEL), "dtype": "float32"},
@@ -89,55 +92,14 @@ def recipe_of(plan: str, scheme: str, data: dict[str, Any], folder: Path) -> Pat
 
 
 def answer(path: Path, asked: Sequence[tuple[Any, Any]], folder: Path) -> dict[str, Any]:
-    """Build a row's bundle and ask everything.
-
-    Returns:
-        Per question: `texts`, `marks` ("1" for a right answer), `leads` (least lead of the best logit over the answer, relative), `kept`,
-        and `first`, the first token's log-probabilities of the 16 best tokens; `bytes` of the weights.
-    """
-    import numpy as np
-
+    """Build a row's bundle and ask everything; as `ask`, and `marks` ("1" for a right answer), `bytes` of the weights."""
     import tmc_export
 
     bundle = folder / path.stem
     tmc_export.build(path, bundle, engines=False, record=False)
-    session = tmc_export.load(bundle, threads=1)
-    seen: list[Any] = []
-    run, step = session.run_prompt, session.decoder.step
-
-    def first(prompt: Any, route: Any = "auto") -> Any:
-        trace = run(prompt, route)
-        seen.append(trace.logits.reshape(-1))
-        return trace
-
-    def later(token: int) -> Any:
-        logits = step(token)
-        seen.append(np.array(logits).reshape(-1))
-        return logits
-
-    session.run_prompt, session.decoder.step = first, later  # type: ignore[method-assign]
-    found: dict[str, Any] = {"texts": [], "marks": "", "leads": [], "kept": [], "first": []}
-    for image, question in asked:
-        seen.clear()
-        got = session.generate([image], question.text)
-        found["texts"].append(" ".join(got.text.split()))
-        found["marks"] += "01"[found["texts"][-1] == question.answer]
-        found["leads"].append(min(_lead(logits) for logits in seen))
-        found["kept"].append([list(p) for places in got.kept.values() for p in places])
-        found["first"].append([round(float(x), 5) for x in _log_softmax(seen[0])])
+    found = ask(bundle, [(image, question.text) for image, question in asked])
+    found["marks"] = "".join("01"[text == question.answer] for text, (_, question) in zip(found["texts"], asked, strict=True))
     return {**found, "bytes": sum(p.stat().st_size for p in (bundle / "onnx").glob("*.data"))}
-
-
-def _lead(logits: Any) -> float:
-    best = sorted(logits.tolist())[-2:]
-    return float((best[1] - best[0]) / max(abs(logits.max()), abs(logits.min())))
-
-
-def _log_softmax(logits: Any) -> Any:
-    import numpy as np
-
-    shifted = logits.astype(np.float64) - logits.max()
-    return shifted - np.log(np.exp(shifted).sum())
 
 
 def _code() -> str:
@@ -167,18 +129,13 @@ def row(plan: str, scheme: str, asked: Sequence[tuple[Any, Any]], rows: Path) ->
 
 def compare(plan: str, scheme: str, mine: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     """One row of the table: a scheme beside fp32."""
-    import numpy as np
-
     from tmc_export.verify.tolerances import margin_bound
 
     bound = margin_bound(GRADES.get(scheme, scheme.split("-")[0]))
     changed = [a != b for a, b in zip(mine["texts"], base["texts"], strict=True)]
     sure = [lead > bound for lead in base["leads"]]
     turned = sum(c and s for c, s in zip(changed, sure, strict=True))
-    pairs = [(set(a), set(b)) for m, b_ in zip(mine["kept"], base["kept"], strict=True) for a, b in zip(m, b_, strict=True) if b]
-    overlap = float(np.mean([len(a & b) / len(b) for a, b in pairs])) if pairs else None
-    p, q = (np.array(x["first"]) for x in (base, mine))
-    kl, same = float((np.exp(p) * (p - q)).sum(1).mean()), float((p.argmax(1) == q.argmax(1)).mean())
+    same_kept, (kl, same) = overlap(mine, base), divergence(mine, base)
     points, low, high = (100 * x for x in paired([m == "1" for m in mine["marks"]], [m == "1" for m in base["marks"]]))
     share, most = turned / max(sum(sure), 1), BOUNDED.get(scheme)
     right = mine["marks"].count("1") / len(changed)
@@ -187,12 +144,12 @@ def compare(plan: str, scheme: str, mine: dict[str, Any], base: dict[str, Any]) 
         "figure": (
             f"{right:.3f}, {points:+.1f} points ({low:+.1f} to {high:+.1f}); {sum(changed) / len(changed):.1%} changed, {share:.2%} of the "
             f"{sum(sure)} that fp32 is sure of; first token KL {kl:.2g}, same {same:.1%}; "
-            + ("" if overlap is None else f"kept {overlap:.1%}; ")
+            + ("" if same_kept is None else f"kept {same_kept:.1%}; ")
             + f"{mine['bytes'] / base['bytes']:.2f} of the bytes"
         ),
         "bound": "" if most is None else f"≤ {most:.0%} of the sure, no loss beyond the interval",
         "ok": None if most is None else bool(share <= most and high >= 0),
-        "changed": sum(changed), "sure": sum(sure), "turned": turned, "kl": kl, "same_first": same, "overlap": overlap,
+        "changed": sum(changed), "sure": sum(sure), "turned": turned, "kl": kl, "same_first": same, "overlap": same_kept,
         "points": [points, low, high], "right": right, "questions": len(changed), "bytes": mine["bytes"],
     }  # fmt: skip
 

@@ -214,6 +214,16 @@ def test_what_a_step_found_out_comes_back(tmp_path: Path) -> None:
         step(again, "b", dict[PhaseName, GraphPhase], lambda: pytest.fail("it is made"))
 
 
+def test_a_build_that_calibrated_does_not_do_it_again(builds: KilledBuilds, place: Place, tmp_path: Path) -> None:
+    (tmp_path / "model").symlink_to(place.recipe.parent / "model")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "what is it"}\n{"prompt": "the one on the left"}\n')
+    scheme = "{decoder: {weights: int4, block: 32, algorithm: gptq}, kv: {weights: int8}, calibration: {prompts: prompts.jsonl}}"
+    calibrated = Place(builds, write_recipe(tmp_path, TEXT_ONLY.replace("quantize: {}", f"quantize: {scheme}")), record=False)
+    assert calibrated.first.count("line") > 4 and any("gptq" in e for e in calibrated.first.events)
+    again = killed_and_resumed(calibrated, tmp_path / "out", calibrated.number("append block_0.data"))
+    assert not [e for e in again.events if "calibrate" in e or "gptq" in e]
+
+
 @pytest.mark.slow
 def test_killed_again_and_again(pictures: Place, tmp_path: Path) -> None:
     """Every build gets a little further; none begins anew."""

@@ -217,6 +217,13 @@ def test_notes(write: Writer, files: ModelFiles) -> None:
     kv = {"quantize": "{kv: {weights: int8}, calibration: {images: a, prompts: b.jsonl}}", "target": "device: cpu, runtime: onnxruntime"}
     assert "onnxruntime widens int8 slots in each run" in " | ".join(report_plan(write(**kv), files).notes)
     assert "widens" not in " | ".join(report_plan(write(model="dtype: float32", **kv), files).notes)
+    given = "calibration: {images: a, prompts: b.jsonl, observer: percentile, samples: 7}"
+    eight = "{weights: int8, activations: int8, smooth: 0.5, keep: [q_proj]}"
+    ranges = report_plan(write(quantize=f"{{encoder: {eight}, decoder: {eight}, {given}}}"), files).notes
+    assert "encoder, decoder: int8 weights, beside int8 inputs, smoothed by 0.5; kept: q_proj" in ranges
+    assert "calibration: at most 7 questions of 'b.jsonl' are answered in float32, after compression; ranges by percentile 99.99" in ranges
+    awq = report_plan(write(quantize=f"{{decoder: {{weights: int4, block: 64, algorithm: awq}}, {given}}}"), files).notes
+    assert "decoder: int4 weights in blocks of 64, by awq" in awq and not any("ranges" in note for note in awq)
     cpu = " | ".join(report_plan(write(target="device: rtx-4090, runtime: onnxruntime, memory_tight: true"), files).notes)
     wide = " | ".join(report_plan(write(target="device: cpu, runtime: onnxruntime, decode_width: 2"), files).notes)
     assert "decode_width has no effect" in wide and "decode_width" not in cpu

@@ -27,6 +27,7 @@ from tmc_export.plan.notes import emitted_opset
 from tmc_export.plan.source import fetch, read_model_files
 from tmc_export.plan.towers import fetch_towers
 from tmc_export.plan.types import TowerPlan
+from tmc_export.quantize.calibrated import Calibrated
 from tmc_export.recipe import load_device, load_recipe
 from tmc_export.recipe.recipe import Recipe
 
@@ -109,6 +110,7 @@ def build_bundle(
         _check_tower_files(towers[tower.source], tower)
     require("torch", extra="export", purpose="build a bundle")
     from tmc_export.api.calibrate import calibrate
+    from tmc_export.api.calibration_stored import calibrated_once
     from tmc_export.api.subgraphs import export_subgraphs
     from tmc_export.export.task import check_task
 
@@ -118,7 +120,9 @@ def build_bundle(
         if building.waited and not force and (there := _cached(target, key)) is not None:
             return BuildResult(target, there, cached=True)
         work, journal = building.path, _journal(building.path, key, progress)
-        found = calibrate(plan, loaded, samples, files, folder, config, towers, progress)
+        found = Calibrated()
+        if samples:
+            found = calibrated_once(journal, lambda place: calibrate(plan, loaded, samples, files, folder, config, towers, progress, place))
         exported = export_subgraphs(
             plan,
             files,

@@ -53,6 +53,7 @@ def calibrate(
     config: Any,
     towers: Mapping[str, Path],
     progress: Callable[[str], None],
+    place: Path,
 ) -> Calibrated:
     """Find what the schemes of a plan need data for.
 
@@ -65,6 +66,7 @@ def calibrate(
         config: its transformers configuration.
         towers: folders of the text towers with their weights, by source.
         progress: called with one line per sample and pass.
+        place: an empty folder, which GPTQ's codes are written to as soon as they are found, and mapped from.
 
     Raises:
         RecipeError: a sample does not fit the bundle.
@@ -85,7 +87,7 @@ def calibrate(
         smooth = {name: divisors[name] for name, scheme in schemes.items() if scheme.activations is not None and name in divisors}
         if smooth:
             seen = observe(session, samples, wanted, lambda line: progress(f"{line}, smoothed"), divisors=smooth)
-        codes = _codes(session, samples, seen, schemes, eager, progress)
+        codes = _codes(session, samples, seen, schemes, eager, progress, place)
     slots = slot_scales(heads, given.observer, given.percentile_used)
     return Calibrated(_clips(seen, schemes, given), divisors, codes, slots, digest_of(samples), len(samples))
 
@@ -142,26 +144,23 @@ def _codes(
     schemes: Mapping[str, QuantizePlan],
     eager: EagerProgram,
     progress: Callable[[str], None],
+    place: Path,
 ) -> dict[str, tuple[Array, Array]]:
-    """GPTQ's codes: the samples are answered as often as the products of channels with channels need, `_PRODUCTS` bytes at a time.
-
-    Codes wait in files, which are gone from the disk when the last of them is forgotten.
-    """
+    """GPTQ's codes: the samples are answered as often as the products of channels with channels need, `_PRODUCTS` bytes at a time."""
     found: dict[str, tuple[Array, Array]] = {}
     groups = [names for names in seen.groups() if schemes[names[0]].algorithm == "gptq"]
     passes = _passes(groups, {names[0]: 4 * len(seen.inputs[names[0]].peaks) ** 2 for names in groups})
-    with TemporaryDirectory(prefix="tmc-export-gptq-") as place:
-        for number, part in enumerate(passes, 1):
-            wanted = {names[0]: eager.linears[names[0]] for names in part}
-            told = f"gptq pass {number}/{len(passes)}: "
-            sums = observe(session, samples, wanted, lambda line, told=told: progress(told + line), products=list(wanted)).products  # type: ignore[misc]
-            for names in part:
-                progress(f"{told}{names[0]}")
-                products = sums.pop(names[0]).numpy()
-                for name in names:
-                    weight = np.ascontiguousarray(eager.weight(name).numpy().T)
-                    pair = gptq_blocks(weight, products, schemes[name].block)
-                    found[name] = _spilled(Path(place), len(found), *pair)
+    for number, part in enumerate(passes, 1):
+        wanted = {names[0]: eager.linears[names[0]] for names in part}
+        told = f"gptq pass {number}/{len(passes)}: "
+        sums = observe(session, samples, wanted, lambda line, told=told: progress(told + line), products=list(wanted)).products  # type: ignore[misc]
+        for names in part:
+            progress(f"{told}{names[0]}")
+            products = sums.pop(names[0]).numpy()
+            for name in names:
+                weight = np.ascontiguousarray(eager.weight(name).numpy().T)
+                pair = gptq_blocks(weight, products, schemes[name].block)
+                found[name] = _spilled(place, len(found), *pair)
     return found
 
 
@@ -179,8 +178,8 @@ def _passes(groups: Sequence[tuple[str, ...]], sizes: Mapping[str, int]) -> list
 
 
 def _spilled(folder: Path, number: int, codes: Array, scales: Array) -> tuple[Array, Array]:
-    """The arrays, mapped from files: they stay readable when the files are removed."""
-    path = folder / f"{number}.npy"
+    """Return the arrays, the codes mapped from a file: they stay readable when it is removed."""
+    path = folder / f"gptq-{number}.npy"
     np.save(path, codes, allow_pickle=False)
     return np.load(path, mmap_mode="r", allow_pickle=False), scales
 

@@ -18,9 +18,11 @@ from typing import Any
 
 from tmc_export.core.digest import hash_file
 
-__all__ = ["JOURNAL", "Journal", "Place"]
+__all__ = ["FOR_THE_NEXT", "JOURNAL", "Journal", "Place"]
 
 JOURNAL = ".journal"
+FOR_THE_NEXT = ".journal.files"
+"""A folder of files that steps keep for the next builder; like the journal, it is no part of the bundle."""
 _SCHEMA = 1
 _CHECK = 16
 _BLOCK = 1 << 22

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from tmc_export.bundle.journal import JOURNAL
+from tmc_export.bundle.journal import FOR_THE_NEXT, JOURNAL
 from tmc_export.bundle.manifest import MANIFEST
 from tmc_export.core.errors import NotABundleError
 from tmc_export.core.files import exchange
@@ -94,7 +94,7 @@ class WorkFolder:
         if not self._exchanged:
             _replace(self.path, self._target, self._old)
         self._published = True
-        (self._target / JOURNAL).unlink(missing_ok=True)  # not before: a builder that is killed here has a journal or a bundle
+        _forget(self._target)  # not before: a builder that is killed here has a journal or a bundle
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         stays = self._resumable and kind is not None and not issubclass(kind, Exception)
@@ -132,7 +132,13 @@ def remove_remains(target: Path, but: Path | None = None) -> None:
         if not old.with_suffix(_PART).exists() and target.exists():
             shutil.rmtree(old, ignore_errors=True)
     if (target / JOURNAL).is_file():  # a builder was killed when all was done but this
-        (target / JOURNAL).unlink(missing_ok=True)
+        _forget(target)
+
+
+def _forget(bundle: Path) -> None:
+    """Remove what was for the next builder; the journal last, which tells that there is something to remove."""
+    shutil.rmtree(bundle / FOR_THE_NEXT, ignore_errors=True)
+    (bundle / JOURNAL).unlink(missing_ok=True)
 
 
 def _bring_back(old: Path, target: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tmc_export.bundle.journal import JOURNAL
+from tmc_export.bundle.journal import FOR_THE_NEXT, JOURNAL
 from tmc_export.bundle.manifest import MANIFEST, FileEntry, Manifest
 from tmc_export.bundle.work import WorkFolder, check_replaceable
 from tmc_export.core.digest import hash_file
@@ -43,7 +43,8 @@ def seal(folder: Path, manifest: Manifest) -> Manifest:
     files: dict[str, FileEntry] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in (MANIFEST, JOURNAL) and not rebuilt(name):
+        own = name not in (MANIFEST, JOURNAL) and not name.startswith(f"{FOR_THE_NEXT}/")
+        if path.is_file() and own and not rebuilt(name):
             files[name] = FileEntry(size=path.stat().st_size, sha256=hash_file(path))
     return write_manifest(folder, manifest.model_copy(update={"files": files}))
 

@@ -17,6 +17,8 @@ TRACED = 21
 """The newest opset that graphs are traced in."""
 OPSETS = {"int4": 21, "nvfp4": 23}
 """What a scheme's `DequantizeLinear` needs above the 20 that every device's TensorRT takes."""
+_EXACT = "float32"
+"""What calibration computes in."""
 _AS_WEIGHTS = ("int8", "fp8", "nvfp4")
 """Schemes that NVIDIA's documents of standard TensorRT do not name for weights beside wider activations; int4 is the one they name."""
 
@@ -59,7 +61,34 @@ def notes_of(recipe: Recipe, plan: Plan, device: Device, room: Room | None) -> t
         found.append("memory is not checked here: it depends on the machine")
     if len(plan.vision) > 1:
         found.append("operations, bytes and times are of the dearest picture bucket")
-    return (*found, *stored_notes(plan), *_scheme_notes(recipe, plan), *_learned_notes(plan))
+    return (*found, *_schemes(recipe, plan), *stored_notes(plan), *_scheme_notes(recipe, plan), *_learned_notes(plan))
+
+
+def _schemes(recipe: Recipe, plan: Plan) -> list[str]:
+    """What is rounded, and how; the codes that a checkpoint brings have notes of their own."""
+    parts: dict[str, list[str]] = {}
+    for part, scheme in plan.quantize.items():
+        if scheme.stored is None:
+            parts.setdefault(_says(part, scheme), []).append(part)
+    found = [f"{', '.join(names)}: {what}" for what, names in parts.items()]
+    given = recipe.quantize.calibration
+    if given is not None:
+        ends = f"percentile {given.percentile_used:g}" if given.observer == "percentile" else given.observer
+        ranges = any(scheme.activations or part == "kv" for part, scheme in plan.quantize.items())
+        found.append(
+            f"calibration: at most {given.samples} questions of '{given.prompts}' are answered in {_EXACT}, after compression"
+            + (f"; ranges by {ends}" if ranges else "")
+        )
+    return found
+
+
+def _says(part: str, scheme: QuantizePlan) -> str:
+    blocks = f" in blocks of {scheme.block}" if scheme.weights in ("int4", "nvfp4") else ""
+    inputs = f", beside {scheme.activations} inputs" if scheme.activations is not None else ""
+    found = f", by {scheme.algorithm}" if scheme.weights == "int4" else ""
+    smooth = f", smoothed by {scheme.smooth:g}" if scheme.smooth is not None else ""
+    keep = f"; kept: {', '.join(scheme.keep)}" if scheme.keep else ""
+    return f"{scheme.weights} {'slots' if part == 'kv' else 'weights'}{blocks}{inputs}{found}{smooth}{keep}"
 
 
 def _on_device(recipe: Recipe, plan: Plan, device: Device, room: Room | None) -> list[str]:
