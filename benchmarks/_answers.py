@@ -27,9 +27,9 @@ def ask(
     """
     import numpy as np
 
-    import tmc_export
+    from tmc_export.runtime.session import load
 
-    session = tmc_export.load(bundle, threads=threads, int4_accuracy=accuracy)
+    session = load(bundle, threads=threads, int4_accuracy=accuracy)
     seen: list[Any] = []
     run, step = session.run_prompt, session.decoder.step
 

