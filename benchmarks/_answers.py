@@ -22,20 +22,25 @@ def ask(
         tokens: of an answer at most; all that the bundle has room for when None.
 
     Returns:
-        Per question: `texts`, `leads` (least lead of the best logit over the answer, relative to the largest magnitude), `kept`, and
-        `first`, the first token's log-probabilities.
+        Per question: `texts`, `leads` (least lead of the best logit over the answer, relative to the largest magnitude), `kept` (for each
+        selecting stage, the tokens that stay, by where they come from), and `first`, the first token's log-probabilities.
     """
     import numpy as np
 
+    from tmc_export.graphs import METHODS
     from tmc_export.runtime.session import load
 
     session = load(bundle, threads=threads, int4_accuracy=accuracy)
+    selecting = [[METHODS.get(name).mechanism != "transform" for name in vision.stages] for vision in session.program.vision]
     seen: list[Any] = []
+    sources: list[list[int]] = []
     run, step = session.run_prompt, session.decoder.step
 
     def first(prompt: Any, route: Any = "auto") -> Any:
         trace = run(prompt, route)
         seen.append(trace.logits.reshape(-1))
+        for (bucket, _), stages in zip(prompt.pixels, prompt.sources, strict=True):
+            sources.extend([int(n) for n in stage if n >= 0] for stage, is_one in zip(stages, selecting[bucket], strict=True) if is_one)
         return trace
 
     def later(token: int) -> Any:
@@ -48,10 +53,11 @@ def ask(
     found: dict[str, Any] = {"texts": [], "leads": [], "kept": [], "first": []}
     for image, question in asked:
         seen.clear()
+        sources.clear()
         got = session.generate([image], question, **more)
         found["texts"].append(" ".join(got.text.split()))
         found["leads"].append(min(_lead(logits) for logits in seen))
-        found["kept"].append([[int(n) for n in p] for places in got.kept.values() for p in places])
+        found["kept"].append([*sources] + [[int(n) for n in p] for places in got.kept.values() for p in places])
         found["first"].append([round(float(x), 5) for x in _log_softmax(seen[0])])
     return found
 

@@ -207,11 +207,11 @@ class Bench:
         found: dict[str, float | None] = {}
         for check in check_subgraphs(bundle, manifest.program, self.cases[key], tolerance("subgraph", precision), precision):
             name = "_".join((check.subgraph or "").removeprefix("onnx/").removesuffix(".onnx").split("_")[:2])
-            if check.figures is None:
-                if not check.ok or check.exceptions:
+            if check.metrics is None:
+                if not check.passed or check.exceptions:
                     found[name] = None
             elif (before := found.get(name, float("inf"))) is not None:
-                found[name] = min(before, check.figures.sqnr_db)
+                found[name] = min(before, check.metrics.sqnr_db)
         return {name: None if dB is None else round(min(dB, 999.0), 2) for name, dB in found.items()}
 
     def _times(self, plan: str, scheme: str) -> dict[str, Any]:
