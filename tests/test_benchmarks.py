@@ -47,4 +47,6 @@ def test_answers_are_compared() -> None:
 def test_only_schemes_that_need_data_get_some() -> None:
     wanting = {name for name, quantize in SCHEMES.items() if wants_data(quantize)}
     assert wanting == {"int8-w8a8", "int8-w8a8-smooth", "fp8-w8a8", "int4-awq", "int4-gptq", "int8-slots"}
-    assert all(not needs_calibration(part, QuantizePart(**scheme)) for name in set(SCHEMES) - wanting for part, scheme in SCHEMES[name].items())
+    assert all(
+        not needs_calibration(part, QuantizePart(**scheme)) for name in set(SCHEMES) - wanting for part, scheme in SCHEMES[name].items()
+    )

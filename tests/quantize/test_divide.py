@@ -115,8 +115,8 @@ def test_inputs_are_rounded_once_for_all_that_read_them(scheme: str, dtype: Any)
     for product in (*signed[1], *unsigned[1]):
         weight = product.node.inputs[1]
         weight.const_value = ir.tensor(np.ones(weight.const_value.shape.numpy(), dtype), name=weight.name)
-    quantize_inputs(*signed, clips, scheme, unsigned=False)
-    quantize_inputs(*unsigned, clips, scheme, unsigned=True)
+    quantize_inputs(*signed, clips, scheme, cpu=False)
+    quantize_inputs(*unsigned, clips, scheme, cpu=True)
     kinds = [n.op_type for n in signed[0].graph]
     assert kinds.count("QuantizeLinear") == kinds.count("DequantizeLinear") == 2
     one, two = answers(signed[0], dtype)[0], answers(unsigned[0], dtype)[0]

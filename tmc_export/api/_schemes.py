@@ -77,7 +77,7 @@ class PartSchemes:
 
     def __init__(self, plan: Plan, model: nn.Module, checkpoint: Checkpoint, parts: DecoderParts, found: Calibrated) -> None:
         _check(plan)
-        self._found, self._unsigned = found, plan.runtime == "onnxruntime"
+        self._found, self._cpu = found, plan.runtime == "onnxruntime"
         self._plan: Mapping[str, QuantizePlan] = plan.quantize
         state = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
         local = {state[id(p)]: f"layers.{name}" for name, p in parts.layers.named_parameters()}
@@ -119,7 +119,7 @@ class PartSchemes:
             except LegalityError as error:
                 raise LegalityError(f"quantize.{part}: {error}") from error
             if scheme.activations is not None:
-                quantize_inputs(model, products, self._found.clips, scheme.activations, unsigned=self._unsigned and not engine)
+                quantize_inputs(model, products, self._found.clips, scheme.activations, cpu=self._cpu and not engine)
             self._changed[part] += len(applied.changed) + len(applied.kept)
 
     def counts(self) -> dict[str, int]:

@@ -4,7 +4,9 @@ Before: `MatMul(x, W)`. After: `MatMul(DequantizeLinear(QuantizeLinear(x, s), s)
 read one input share the pair.
 
 int8 is symmetric: codes in [-128, 127], no zero point. For onnxruntime's CPU kernels, which multiply unsigned with signed codes, the same
-codes are written as uint8 with the zero point 128: every value is what it was.
+codes are written as uint8 with the zero point 128: every value is what it was. For the same runtime fp8 is two Casts between a
+division and a product, `Mul(Cast(Cast(Div(x, s), E4M3), dtype), s)`: around a QuantizeLinear onnxruntime 1.31 makes operators that take
+no fp8 (MatMulIntegerToFloat, or a Slice that it moves codes through), and then refuses the graph.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ def input_scale(clip: float, top: float, dtype: Any) -> Array:
     return np.asarray(max(clip / top, float(least)), dtype)
 
 
-def quantize_inputs(model: ir.Model, products: Sequence[Product], clips: Mapping[str, float], scheme: str, *, unsigned: bool) -> None:
+def quantize_inputs(model: ir.Model, products: Sequence[Product], clips: Mapping[str, float], scheme: str, *, cpu: bool) -> None:
     """Round what products read.
 
     Args:
@@ -64,7 +66,7 @@ def quantize_inputs(model: ir.Model, products: Sequence[Product], clips: Mapping
         products: weights stored in codes already.
         clips: weight → the end of its input's range; those that read one input have one.
         scheme: `int8` or `fp8`.
-        unsigned: write int8 codes as uint8 around 128.
+        cpu: for onnxruntime's CPU path: int8 codes as uint8 around 128, fp8 by Casts.
 
     Raises:
         RecipeError: no sample reached one of the products.
@@ -81,15 +83,16 @@ def quantize_inputs(model: ir.Model, products: Sequence[Product], clips: Mapping
             raise ValueError(f"'{product.node.name}' has no input")
         place = source, clips[product.name]
         if place not in made:
-            made[place] = _pair(model, product, source, clips[product.name], scheme, unsigned)
+            by_casts = cpu and scheme == "fp8"
+            made[place] = (_casts if by_casts else _pair)(model, product, source, clips[product.name], scheme, cpu)
         product.node.replace_input_with(0, made[place])
 
 
-def _pair(model: ir.Model, product: Product, source: ir.Value, clip: float, scheme: str, unsigned: bool) -> ir.Value:
+def _pair(model: ir.Model, product: Product, source: ir.Value, clip: float, scheme: str, cpu: bool) -> ir.Value:
     """Put `DequantizeLinear(QuantizeLinear(source))` before the product; returns what it gives."""
     if source.dtype is None:
         raise ValueError(f"'{source.name}' has no type")
-    code = _CODES["uint8" if unsigned and scheme == "int8" else scheme]
+    code = _CODES["uint8" if cpu and scheme == "int8" else scheme]
     zero = np.asarray(_UNSIGNED_ZERO if code == ir.DataType.UINT8 else 0).astype(code.numpy())
     name = f"{source.name}.{len(source.uses())}"
     scale = register(model, ir.tensor(input_scale(clip, TOPS[scheme], source.dtype.numpy()), name=f"{name}.scale"))
@@ -101,3 +104,22 @@ def _pair(model: ir.Model, product: Product, source: ir.Value, clip: float, sche
         out.name, out.shape, out.type = f"{name}.{word}", source.shape, ir.TensorType(kind)
     model.graph.insert_before(product.node, [narrow, wide])
     return wide.outputs[0]
+
+
+def _casts(model: ir.Model, product: Product, source: ir.Value, clip: float, scheme: str, _: bool) -> ir.Value:
+    """Put `Mul(Cast(Cast(Div(source, s), codes), dtype), s)` before the product; returns what it gives. A Cast saturates, too."""
+    if source.dtype is None:
+        raise ValueError(f"'{source.name}' has no type")
+    code, dtype = _CODES[scheme], source.dtype
+    name = f"{source.name}.{len(source.uses())}"
+    scale = register(model, ir.tensor(input_scale(clip, TOPS[scheme], dtype.numpy()), name=f"{name}.scale"))
+    divide = ir.node("Div", [source, scale], name=f"{name}.divide")
+    narrow = ir.node("Cast", [divide.outputs[0]], attributes={"to": code}, name=f"{name}.quantize")
+    wide = ir.node("Cast", [narrow.outputs[0]], attributes={"to": dtype}, name=f"{name}.dequantize")
+    multiply = ir.node("Mul", [wide.outputs[0], scale], name=f"{name}.multiply")
+    nodes = [divide, narrow, wide, multiply]
+    for node, word, kind in zip(nodes, ("divided", "codes", "wide", "rounded"), (dtype, code, dtype, dtype), strict=True):
+        out = node.outputs[0]
+        out.name, out.shape, out.type = f"{name}.{word}", source.shape, ir.TensorType(kind)
+    model.graph.insert_before(product.node, nodes)
+    return multiply.outputs[0]
