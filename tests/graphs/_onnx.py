@@ -13,6 +13,8 @@ import onnxruntime
 import torch
 from torch import Tensor
 
+from tmc_export.export.translations import shared_translations
+
 Run = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 _OUT = "out/"  # an input may have the same name
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +42,7 @@ def sources() -> str:
 def export(run: Run, inputs: Mapping[str, Tensor]) -> onnx.ModelProto:
     """Export with static shapes; outputs are named like the dictionary's keys."""
     names = sorted(inputs)
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings(), shared_translations():
         warnings.simplefilter("ignore")
         outputs = [_OUT + name for name in sorted(run(inputs))]
         program = torch.onnx.export(

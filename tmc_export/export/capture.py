@@ -24,6 +24,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from tmc_export.core.errors import ExportError, TmcError
 from tmc_export.export.checkpoint import TensorSource
 from tmc_export.export.tensors import CheckpointTensor
+from tmc_export.export.translations import shared_translations
 
 __all__ = ["OPSET", "capture"]
 
@@ -109,15 +110,16 @@ def capture(
         with _quiet(), _fake_parameters(module, mode), torch.no_grad():
             with tracing(TracingContext(mode)):
                 program = torch.export.export(module, tuple(inputs), dynamic_shapes=_nested(module, specs) if dims else None, strict=False)
-            exported = torch.onnx.export(
-                program,
-                dynamo=True,
-                optimize=False,
-                opset_version=opset,
-                verbose=False,
-                input_names=list(input_names),
-                output_names=list(output_names() if callable(output_names) else output_names),
-            )
+            with shared_translations():
+                exported = torch.onnx.export(
+                    program,
+                    dynamo=True,
+                    optimize=False,
+                    opset_version=opset,
+                    verbose=False,
+                    input_names=list(input_names),
+                    output_names=list(output_names() if callable(output_names) else output_names),
+                )
     except Exception as error:  # the tracer and the exporter raise classes of many kinds; every one means that the module does not trace
         if isinstance(error, (TmcError, OSError, MemoryError)):
             raise
