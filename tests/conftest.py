@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,3 +21,15 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 def repository() -> Path:
     """The folder that holds pyproject.toml."""
     return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def traced_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Bundles whose subgraphs are traced once in a process (`tests/_traced.py`); `make test-all` traces every one."""
+    if request.config.getoption("markexpr") != "not slow":
+        yield
+        return
+    from tests._traced import traced_once
+
+    with traced_once():
+        yield

@@ -11,22 +11,18 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from tests._traced import traced_once  # noqa: E402
 from tests.end_to_end._pairs import BUILT, CONFIG, write_pair  # noqa: E402
 from tests.families._small import save_small_llava  # noqa: E402
 from tmc_export import api  # noqa: E402
 from tmc_export.api.bundling import BuildResult  # noqa: E402
-from tmc_export.api.exporter import Exporter  # noqa: E402
 from tmc_export.core.errors import LegalityError  # noqa: E402
-from tmc_export.surgery.block import DecoderBlock  # noqa: E402
-from tmc_export.surgery.embed import Embed  # noqa: E402
-from tmc_export.surgery.vision import Vision  # noqa: E402
 
 QUICK = (("mustdrop", "fastv"), ("llava_mini", "sparsevlm"), ("downsample", "downsample"))
 """Built in the quick suite: a state into a cut where another method acts; replaced text that another one reads; two stages on pixels."""
@@ -42,32 +38,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def traced_for(module: Any) -> object:
-    """What the trace of a graph hangs on in this file, where another pair may have it too; None: only this pair has it."""
-    if isinstance(module, Embed):
-        return "embed"
-    if isinstance(module, DecoderBlock):
-        p = module.plan
-        return p.first, p.last, p.head, p.since, dict(p.query_rows), dict(p.row_sums)
-    return module.plan if isinstance(module, Vision) and not module.states.entries else None
-
-
 @pytest.fixture(scope="module", autouse=True)
 def equal_graphs_traced_once() -> Iterator[None]:
-    """Pairs have graphs in common: a stretch of decoder layers, a vision graph. They are traced once, and made static for each pair."""
-    trace = Exporter._capture
-    kept: list[tuple[object, Any]] = []
-
-    def once(self: Exporter, module: Any, *rest: Any) -> Any:
-        key = traced_for(module)
-        found = next((model for k, model in kept if k == key), None)
-        if found is None:
-            found = trace(self, module, *rest)
-            kept.extend([(key, found)] if key is not None else [])
-        return found.clone()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Exporter, "_capture", once)
+    """Pairs have graphs in common: a stretch of decoder layers, a vision graph."""
+    with traced_once():
         yield
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tests.passes._models import run
 from tmc_export.core.errors import ExportError, ModelError
-from tmc_export.export.capture import OPSET, capture
+from tmc_export.export.capture import OPSET, capture, run_on_shapes
 from tmc_export.export.checkpoint import Checkpoint, _Source
 from tmc_export.export.tensors import CheckpointTensor
 
@@ -97,3 +97,33 @@ def test_errors_of_another_kind_pass(checkpoint: Checkpoint, error: Exception) -
 
     with pytest.raises(type(error)):
         captured(checkpoint, Fails())
+
+
+def test_running_on_shapes_reads_and_computes_nothing(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    class Watched(Small):
+        def forward(self, x: Tensor, past: Tensor) -> Tensor:
+            out = super().forward(x, past)
+            seen.append(tuple(out.shape))
+            return out
+
+    monkeypatch.setattr(Checkpoint, "read", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: pytest.fail("it was traced"))
+    module = Watched()
+    run_on_shapes(module, [torch.zeros(1, 5, 4), torch.zeros(1, 7, 4)])
+    assert seen == [(1, 12, 4)] and all(p.is_meta for p in module.parameters())
+
+
+def test_what_does_not_run_on_shapes_is_one_line() -> None:
+    module = Branches()
+    with pytest.raises(ExportError, match="Branches could not be traced: DataDependent") as caught:
+        run_on_shapes(module, [torch.zeros(1, 5, 4), torch.zeros(1, 7, 4)])
+    assert "\n" not in str(caught.value) and all(p.is_meta for p in module.parameters())
+    with pytest.raises(MemoryError):
+
+        class Fails(Small):
+            def forward(self, x: Tensor, past: Tensor) -> Tensor:
+                raise MemoryError
+
+        run_on_shapes(Fails(), [torch.zeros(1), torch.zeros(1)])

@@ -139,10 +139,10 @@ class EagerBackend(HostMemory):
         """Return the subgraph of a bundle file.
 
         Raises:
-            ExportError: nothing was traced for it.
+            ExportError: no module was made for it.
         """
         if file not in self.runnables:
-            raise ExportError(f"no module was traced for {file}; traced are: {', '.join(sorted(self.runnables))}")
+            raise ExportError(f"no module was made for {file}; made are: {', '.join(sorted(self.runnables))}")
         if file not in self._graphs:
             names, cache = self._weights[file]
             self._graphs[file] = EagerGraph(self.runnables[file], lambda m: materialized(m, names, cache))

@@ -51,7 +51,7 @@ def eager_program(
     towers: Mapping[str, Path] = MappingProxyType({}),
     budget: int = 2 << 30,
 ) -> EagerProgram:
-    """Trace a plan's subgraphs in float32, unquantized, and write nothing.
+    """Make a plan's subgraphs as modules in float32, unquantized; nothing is traced or written.
 
     Args:
         plan: what would be exported.

@@ -26,7 +26,7 @@ from tmc_export.bundle.program import (
     TowerProgram,
     VisionProgram,
 )
-from tmc_export.export.capture import capture
+from tmc_export.export.capture import capture, run_on_shapes
 from tmc_export.export.checkpoint import Checkpoint, TensorSource, open_checkpoint
 from tmc_export.export.learned import LearnedSource
 from tmc_export.export.skeleton import make_skeleton
@@ -52,6 +52,9 @@ from tmc_export.surgery.vision import Vision
 __all__ = ["Exporter", "Progress", "learned_sources"]
 
 Progress = Callable[[str], None]
+Symbols = list[dict[int, str] | None]
+Weighted = tuple[nn.Module, TensorSource]
+Subgraph = Vision | Embed | DecoderBlock | Cut | TextTowerGraph
 _T, _P = 5, 7
 """Sizes of the traced examples; any two numbers above 1 that differ do."""
 
@@ -62,7 +65,7 @@ class Exporter:
     Args:
         plan, files, folder, config, out, fit, opset, progress: as `export_subgraphs` takes them.
         found: what calibration found, where a scheme needs data.
-        write: False traces and writes nothing.
+        write: False writes nothing and traces nothing: modules only run on shapes.
         journal: of the folder `out`; None: nothing is recorded or taken up again.
 
     Attributes:
@@ -90,7 +93,7 @@ class Exporter:
         found = found or Calibrated()
         self.kv = slot_codes(plan, found.slots or None)
         self.runnables: dict[str, Runnable] = {}
-        self.towers: dict[str, tuple[nn.Module, TensorSource]] = {}
+        self.towers: dict[str, Weighted] = {}
         self.opset = opset
         self.plan, self.files, self.out, self.fit, self.progress = plan, files, out, fit, progress
         self.dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[plan.dtype]
@@ -108,37 +111,39 @@ class Exporter:
 
     # ------------------------------------------------------------------------------------------------------ tracing
     def _trace(
-        self,
-        module: Any,
-        inputs: list[Tensor],
-        names: list[str],
-        outputs: list[str] | Callable[[], list[str]],
-        symbols: list[dict[int, str] | None],
-    ) -> ir.Model:
-        model = self._capture(module, inputs, names, outputs, symbols)
-        self._traced = Runnable(module, tuple(names), tuple(inputs), tuple(symbols), tuple(outputs() if callable(outputs) else outputs))
+        self, module: Subgraph, examples: list[Tensor], symbols: Symbols | None = None, tower: Weighted | None = None
+    ) -> ir.Model | None:
+        """Trace a subgraph; where nothing is written it only runs, on shapes.
+
+        Args:
+            module: what is traced.
+            examples: an input each; shapes and dtypes count.
+            symbols: per input, axis → name of its symbolic dimension; None: every size is a number.
+            tower: the model that the module is of and where its weights are read, where it is not `self.model`.
+        """
+        model = None
+        symbols = symbols or [None] * len(examples)
+        if self.write:
+            whole, checkpoint = tower or (self.model, self.checkpoint)
+            model = clean(
+                capture(
+                    module, examples, input_names=module.input_names(), output_names=module.output_names, symbols=symbols, model=whole,
+                    checkpoint=checkpoint, learned=learned_sources(module), opset=self.opset,
+                )
+            )  # fmt: skip
+            quantize_slots(model, self.kv, self.plan.dtype)
+        else:
+            run_on_shapes(module, examples)
+        names, outputs = tuple(module.input_names()), tuple(module.output_names())
+        self._traced = Runnable(module, names, tuple(examples), tuple(symbols), outputs)
         return model
 
-    def _capture(
-        self,
-        module: Any,
-        inputs: list[Tensor],
-        names: list[str],
-        outputs: list[str] | Callable[[], list[str]],
-        symbols: list[dict[int, str] | None],
-    ) -> ir.Model:
-        model = capture(
-            module, inputs, input_names=names, output_names=outputs, symbols=symbols, model=self.model,
-            checkpoint=self.checkpoint, learned=learned_sources(module), opset=self.opset,
-        )  # fmt: skip
-        return clean(model)
-
     def _save(
-        self, model: ir.Model, name: str, sizes: dict[str, int], kind: GraphKind, data: str, append: bool = False, fuse: bool = False
+        self, model: ir.Model | None, name: str, sizes: dict[str, int], kind: GraphKind, data: str, append: bool = False, fuse: bool = False
     ) -> str:
         file = f"onnx/{name}.onnx"
         self.runnables[file] = replace(self._traced, kind=kind)
-        if not self.write:
+        if model is None:
             return file
         static = specialize(model, sizes, name, append=append, causal=kind == "block" and not append)
         self.schemes.apply(static, kind)
@@ -157,7 +162,7 @@ class Exporter:
         parts, towers = self.family.vision(self.model, plan.size, plan.grid), asked_towers(self.plan, plan.stages)
         module = Vision(parts, plan, self.dtype, leaving_vision(self.plan), towers)
         inputs = [torch.zeros(self.plan.batch, *rule.shape, dtype=self.dtype), *self._texts(towers, self.plan.batch)]
-        model = self._trace(module, inputs, module.input_names(), module.output_names, [None] * len(inputs))
+        model = self._trace(module, inputs)
         self._hand_on(module.states)
         file = self._save(model, name, {}, "vision", "vision.data")
         precision = self._precision("encoder")
@@ -183,16 +188,9 @@ class Exporter:
         """The graph of a text tower, whose weights lie in `folder`."""
         name = f"text_tower_{plan.index}"
         self.progress(name)
-        whole, source = open_tower(folder, plan.index, self.dtype)
-        module, ids = TextTowerGraph(whole, plan), torch.zeros(1, plan.tokens, dtype=torch.long)
-        model = clean(
-            capture(
-                module, [ids], input_names=["ids"], output_names=["embedding"], symbols=[None], model=whole, checkpoint=source,
-                opset=self.opset,
-            )
-        )  # fmt: skip
-        self._traced = Runnable(module, ("ids",), (ids,), (None,), ("embedding",))
-        self.towers[f"onnx/{name}.onnx"] = whole, source
+        tower = open_tower(folder, plan.index, self.dtype)
+        model = self._trace(TextTowerGraph(tower[0], plan), [torch.zeros(1, plan.tokens, dtype=torch.long)], tower=tower)
+        self.towers[f"onnx/{name}.onnx"] = tower
         file = self._save(model, name, {}, "tower", f"{name}.data")
         self.profiles.append({"name": name, "onnx": file, "precision": self.plan.dtype, "profiles": [{"name": "static", "shapes": {}}]})
         return TowerProgram(file=file, folder=f"towers/{plan.index}", tokens=plan.tokens, width=plan.width)
@@ -200,9 +198,7 @@ class Exporter:
     def embed(self) -> dict[PhaseName, GraphPhase]:
         """The token table's graphs, per phase."""
         self.progress("embed")
-        module = Embed(self.parts)
-        ids = torch.zeros(self.plan.batch, _T, dtype=torch.long)
-        model = self._trace(module, [ids], ["input_ids"], ["hidden"], [{1: "T"}])
+        model = self._trace(Embed(self.parts), [torch.zeros(self.plan.batch, _T, dtype=torch.long)], [{1: "T"}])
         sizes: dict[PhaseName, int] = {
             "prefill": self.plan.images * self._visual() + self.plan.text_tokens,
             "chunk": self.plan.chunk,
@@ -222,9 +218,7 @@ class Exporter:
         self.progress(name)
         module = DecoderBlock(self.parts, plan, self.plan.windows)
         inputs, symbols = self._block_inputs(plan, module.needs_last)
-        names = module.input_names()
-        model = self._trace(module, inputs, names, module.output_names, symbols)
-        quantize_slots(model, self.kv, self.plan.dtype)
+        model = self._trace(module, inputs, symbols)
         phases: dict[PhaseName, tuple[int, int]] = {
             "prefill": (plan.tokens, 0), "chunk": (self.plan.chunk, plan.capacity), "decode": (1, plan.capacity),
         }  # fmt: skip
@@ -235,21 +229,22 @@ class Exporter:
             fuse = append and self.plan.runtime == "onnxruntime" and plain
             file = self._save(model, f"{name}_{phase}", {"T": t, "P": p - 1 if append else p}, "block", f"{name}.data", append, fuse)
             programs[phase] = GraphPhase(file=file, tokens=t, past=p)
-        self._symbolic(model, name, phases, names, inputs, symbols)
+        if model is not None:
+            self._symbolic(model, name, phases)
         return BlockProgram(
             index=plan.index, first=plan.first, last=plan.last, tokens=plan.tokens, capacity=plan.capacity,
             query_rows=dict(plan.query_rows), head=plan.head, phases=programs,
             row_sums={layer: tuple(map(_row_sum, needs)) for layer, needs in plan.row_sums.items()},
         )  # fmt: skip
 
-    def _block_inputs(self, plan: BlockPlan, last: bool) -> tuple[list[Tensor], list[dict[int, str] | None]]:
+    def _block_inputs(self, plan: BlockPlan, last: bool) -> tuple[list[Tensor], Symbols]:
         b, d = self.plan.batch, self.plan.facts.decoder
         long, flag = torch.long, torch.bool
         inputs = [
             torch.zeros(b, _T, d.width, dtype=self.dtype), torch.zeros(d.rope_axes, b, _T, dtype=long), torch.zeros(b, _T, dtype=long),
             torch.ones(b, _T, dtype=flag), torch.zeros(b, _P, dtype=long), torch.ones(b, _P, dtype=flag),
         ]  # fmt: skip
-        symbols: list[dict[int, str] | None] = [{1: "T"}, {2: "T"}, {1: "T"}, {1: "T"}, {1: "P"}, {1: "P"}]
+        symbols: Symbols = [{1: "T"}, {2: "T"}, {1: "T"}, {1: "T"}, {1: "P"}, {1: "P"}]
         if plan.since:
             inputs.append(torch.zeros(b, _T, dtype=long))
             symbols.append({1: "T"})
@@ -264,18 +259,8 @@ class Exporter:
             symbols.append({2: "P"})
         return inputs, symbols
 
-    def _symbolic(
-        self,
-        model: ir.Model,
-        name: str,
-        phases: dict[PhaseName, tuple[int, int]],
-        names: list[str],
-        inputs: list[Tensor],
-        symbols: list[dict[int, str] | None],
-    ) -> None:
-        """Keep the symbolic block for the engine builder, with the shapes of its phases."""
-        if not self.write:
-            return
+    def _symbolic(self, model: ir.Model, name: str, phases: dict[PhaseName, tuple[int, int]]) -> None:
+        """Keep the symbolic block that was traced last for the engine builder, with the shapes of its phases."""
         self.engines.mkdir(exist_ok=True)
         symbolic = model.clone()
         symbolic.graph.name = name
@@ -298,7 +283,7 @@ class Exporter:
             size = {"T": t, "P": p}
             shapes = {
                 n: [size[axes[i]] if axes and i in axes else int(s) for i, s in enumerate(x.shape)]
-                for n, x, axes in zip(names, inputs, symbols, strict=True)
+                for n, x, axes in zip(self._traced.inputs, self._traced.examples, self._traced.symbols, strict=True)
             }
             profiles.append({"name": phase, "shapes": shapes})
         precision = self._precision("decoder")
@@ -319,9 +304,8 @@ class Exporter:
             self.parts, plan, self.plan.images, self.plan.facts, self.plan.windows, self.dtype, given, leaving_cut(self.plan, plan), towers
         )  # fmt: skip
         inputs = [*self._cut_inputs(module, plan), *self._texts(towers, self.plan.batch * self.plan.images)]
-        model = self._trace(module, inputs, module.input_names(), module.output_names, [None] * len(inputs))
+        model = self._trace(module, inputs)
         self._hand_on(module.states)
-        quantize_slots(model, self.kv, self.plan.dtype)
         file = self._save(model, name, {}, "compress", f"{name}.data")
         self.profiles.append({"name": name, "onnx": file, "precision": self.plan.dtype, "profiles": [{"name": "static", "shapes": {}}]})
         return CutProgram(

@@ -26,7 +26,7 @@ from tmc_export.export.checkpoint import TensorSource
 from tmc_export.export.tensors import CheckpointTensor
 from tmc_export.export.translations import shared_translations
 
-__all__ = ["OPSET", "capture"]
+__all__ = ["OPSET", "capture", "run_on_shapes"]
 
 OPSET = 21
 """INT4 `DequantizeLinear` with blocks needs 21; onnxruntime 1.23 reads it."""
@@ -55,7 +55,7 @@ def _fake_parameters(module: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporter's own chatter; its errors still raise."""
+    """Silence the tracer's and the exporter's own chatter; their errors still raise."""
     noisy = logging.getLogger("torch.onnx")
     level = noisy.level
     noisy.setLevel(logging.ERROR)
@@ -123,9 +123,7 @@ def capture(
     except Exception as error:  # the tracer and the exporter raise classes of many kinds; every one means that the module does not trace
         if isinstance(error, (TmcError, OSError, MemoryError)):
             raise
-        raise ExportError(
-            f"{type(module).__name__} could not be traced: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        ) from error
+        raise _untraceable(module, error) from error
     if exported is None:
         raise ExportError(f"{type(module).__name__}: the exporter returned no program")
     graph_model = exported.model
@@ -133,6 +131,31 @@ def capture(
     _rename_symbols(graph_model, symbols)
     _strip(graph_model)
     return graph_model
+
+
+def run_on_shapes(module: nn.Module, inputs: Sequence[Tensor]) -> None:
+    """Run a module once without any number, for what it writes down when it runs: the shapes of states that it hands on.
+
+    Args:
+        module: its parameters lie on the meta device.
+        inputs: small real examples, in the order of its forward; only shapes and dtypes count.
+
+    Raises:
+        ExportError: the module does not run on shapes alone.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        with _quiet(), _fake_parameters(module, mode), torch.no_grad(), mode:
+            module(*(mode.from_tensor(x) for x in inputs))
+    except Exception as error:  # as above
+        if isinstance(error, (TmcError, OSError, MemoryError)):
+            raise
+        raise _untraceable(module, error) from error
+
+
+def _untraceable(module: nn.Module, error: Exception) -> ExportError:
+    said = str(error).splitlines()[0] if str(error) else ""
+    return ExportError(f"{type(module).__name__} could not be traced: {type(error).__name__}: {said}")
 
 
 def _nested(module: nn.Module, specs: list[Any]) -> tuple[Any, ...]:

@@ -1,7 +1,7 @@
 """torch.onnx's table of translations, read once in a process.
 
 `torch.onnx.export` makes the table anew for every graph: it finds the source of several hundred functions of onnxscript and parses their
-signatures, which took a fifth of the time of a small build. The table depends on the opset alone.
+signatures. The table depends on the opset alone.
 """
 
 from __future__ import annotations

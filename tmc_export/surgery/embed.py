@@ -19,6 +19,14 @@ class Embed(nn.Module):
         super().__init__()
         self.table = parts.embed
 
+    def input_names(self) -> list[str]:
+        """Names of the inputs, in the order of `forward`."""
+        return ["input_ids"]
+
+    def output_names(self) -> list[str]:
+        """Name of the output."""
+        return ["hidden"]
+
     def forward(self, input_ids: Tensor) -> Tensor:
         """Look the tokens up."""
         hidden: Tensor = self.table(input_ids)

@@ -31,6 +31,14 @@ class TextTowerGraph(nn.Module):
         self.projection: Any = whole.text_projection
         self.plan = plan
 
+    def input_names(self) -> list[str]:
+        """Names of the inputs, in the order of `forward`."""
+        return ["ids"]
+
+    def output_names(self) -> list[str]:
+        """Name of the output."""
+        return ["embedding"]
+
     def forward(self, ids: Tensor) -> Tensor:
         """Encode one question; see the module's description."""
         count = self.plan.tokens
