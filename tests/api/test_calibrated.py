@@ -29,6 +29,8 @@ from tmc_export.quantize.gptq import gptq_blocks  # noqa: E402
 from tmc_export.quantize.int4 import dequantize_blocks, quantize_blocks  # noqa: E402
 from tmc_export.runtime.session import Session, load  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("traced_once")  # one model in many schemes
+
 RECIPE = """recipe: 1
 name: calibrated
 model: {{source: ./model, dtype: {dtype}}}

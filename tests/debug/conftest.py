@@ -11,6 +11,11 @@ from tests._tiny import RECIPE, tmc, write_recipe
 from tests.families._small import save_small_llava
 
 
+@pytest.fixture(scope="session", autouse=True)
+def equal_graphs_traced_once(traced_once: None) -> None:
+    """One model in two schemes."""
+
+
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two decoder layers with heads of 16 channels."""

@@ -10,6 +10,11 @@ import pytest
 from tests._tiny import save_tiny_model, tmc, write_recipe
 
 
+@pytest.fixture(scope="session", autouse=True)
+def equal_graphs_traced_once(traced_once: None) -> None:
+    """One model for the whole folder: its graphs are traced once."""
+
+
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")

@@ -22,6 +22,11 @@ target: {target}
 Build = Callable[..., Path]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def equal_graphs_traced_once(traced_once: None) -> None:
+    """One model in many schemes: its graphs are traced once."""
+
+
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.families._small import save_small_llava
