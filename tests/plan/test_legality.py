@@ -1,17 +1,19 @@
-"""Wrong plans: each ends in an error that names file, line, column, the reason and the fix. Good twins are not refused."""
+"""Wrong plans: each ends in an error that names file, line, column, the reason and the fix. Good twins are not refused. Plans of
+`quantize`: `test_quantize_legality.py`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests._sequence_methods import sequence_methods
+from tests.plan._wrong import Wrong, check_refusal, refused
 from tests.plan.conftest import TINY, Writer
-from tmc_export.core.errors import LegalityError, RecipeError, TmcError
+from tmc_export.core.errors import LegalityError, RecipeError
 from tmc_export.engine.options import RTX_CAPABILITIES as ENGINE_CAPABILITIES
 from tmc_export.families._contract import ModelFiles
 from tmc_export.graphs import METHODS
@@ -34,10 +36,7 @@ from tmc_export.plan.make import make_plan
 from tmc_export.plan.resolve import resolve
 from tmc_export.plan.source import read_model_files
 
-INT4 = "{decoder: {weights: int4, block: 128}}"
-
-# name, entries, other lines, place, what it must say
-WRONG: list[tuple[str, tuple[str, ...], dict[str, Any], str, tuple[str, ...]]] = [
+WRONG: list[Wrong] = [
     (
         "rtx runtime on a jetson",
         (),
@@ -76,53 +75,6 @@ WRONG: list[tuple[str, tuple[str, ...], dict[str, Any], str, tuple[str, ...]]] =
         ("bfloat16 does not build for compute capability 7.5", "float16"),
     ),
     (
-        "int4 on 7.5",
-        (),
-        {"quantize": INT4, "target": "device: rtx-4090, runtime: tensorrt-rtx, compute_capabilities: ['7.5', '8.9']"},
-        "5:31",
-        ("int4 does not build for compute capability 7.5",),
-    ),
-    (
-        "fp8 on ampere",
-        (),
-        {"quantize": "{decoder: {weights: fp8}}", "target": "device: rtx-a2000-laptop, runtime: tensorrt-rtx"},
-        "5:31",
-        ("fp8 does not build for compute capability 8.6, it needs 8.9",),
-    ),
-    (
-        "fp8 on one of the cards",
-        (),
-        {
-            "quantize": "{encoder: {weights: fp8}}",
-            "target": "device: rtx-4090, runtime: tensorrt-rtx, compute_capabilities: ['8.6', '8.9']",
-        },
-        "5:31",
-        ("fp8 does not build for compute capability 8.6", "leave 8.6 out of the target"),
-    ),
-    (
-        "nvfp4 on ada",
-        (),
-        {"quantize": "{decoder: {weights: nvfp4}}", "target": "device: rtx-4090, runtime: tensorrt-rtx"},
-        "5:31",
-        ("nvfp4 does not build for compute capability 8.9, it needs 10.0",),
-    ),
-    ("fp8 on orin", (), {"quantize": "{head: {weights: fp8}}"}, "5:28", ("fp8 does not run on 'jetson-agx-orin-64gb'", "int8, int4")),
-    ("nvfp4 on orin", (), {"quantize": "{projector: {weights: nvfp4}}"}, "5:33", ("nvfp4 does not run on 'jetson-agx-orin-64gb'",)),
-    (
-        "nvfp4 on a cpu",
-        (),
-        {"quantize": "{decoder: {weights: nvfp4}}", "target": "device: cpu, runtime: onnxruntime"},
-        "5:31",
-        ("nvfp4 does not run on 'cpu'",),
-    ),
-    (
-        "nvfp4 on the cpu of a card that has it",
-        (),
-        {"quantize": "{decoder: {weights: nvfp4}}", "target": "device: rtx-5090, runtime: onnxruntime"},
-        "5:31",
-        ("onnxruntime's CPU path does not execute nvfp4", "fp16, bf16, int8, int4, fp8"),
-    ),
-    (
         "float32 on turing",
         (),
         {
@@ -131,55 +83,6 @@ WRONG: list[tuple[str, tuple[str, ...], dict[str, Any], str, tuple[str, ...]]] =
         },
         "3:31",
         ("float32 does not build for compute capability 7.5", "write float16"),
-    ),
-    (
-        "bf16 beside float16",
-        (),
-        {"quantize": "{decoder: {weights: bf16}}", "target": "device: rtx-4090, runtime: tensorrt-rtx"},
-        "5:31",
-        ("bf16 weights take as many bytes as float16", "model.dtype: float32"),
-    ),
-    (
-        "activations, not built",
-        (),
-        {"quantize": "{decoder: {weights: nvfp4, activations: nvfp4}}", "target": "device: rtx-5090, runtime: tensorrt-rtx"},
-        "5:51",
-        ("quantize.decoder.activations: nvfp4 activations are not built yet", "weight-only"),
-    ),
-    (
-        "fp8 slots, not built",
-        (),
-        {"quantize": "{kv: {weights: fp8}}", "target": "device: cpu, runtime: onnxruntime"},
-        "5:26",
-        ("quantize.kv.weights: fp8 slots are not built yet: ONNX's Concat and ScatterND", "write weights: int8"),
-    ),
-    (
-        "int8 slots in a board's engines",
-        (),
-        {"quantize": "{kv: {weights: int8}}"},
-        "5:26",
-        ("quantize.kv.weights: int8 slots are built for onnxruntime and tensorrt-rtx", "one scale per tensor", "write weights: fp16"),
-    ),
-    (
-        "int8 slots in a board's engines of float32",
-        (),
-        {"model": "dtype: float32", "quantize": "{kv: {weights: int8}}"},
-        "5:26",
-        ("int8 slots have one per head; remove quantize.kv",),
-    ),
-    (
-        "int8 slots without data",
-        (),
-        {"quantize": "{kv: {weights: int8}}", "target": "device: cpu, runtime: onnxruntime"},
-        "5:26",
-        ("quantize.kv.weights: int8 is found on data; add quantize.calibration",),
-    ),
-    (
-        "calibration that nothing needs",
-        (),
-        {"quantize": "{decoder: {weights: int8}, calibration: {images: a, prompts: b.jsonl}}"},
-        "5:51",
-        ("quantize.calibration has nothing to calibrate", "remove it"),
     ),
     (
         "capability of a jetson",
@@ -224,20 +127,6 @@ WRONG: list[tuple[str, tuple[str, ...], dict[str, Any], str, tuple[str, ...]]] =
         {"inputs": "images: 0, fit: resize, text_tokens: 8, new_tokens: 8"},
         "4:26",
         ("inputs.fit has nothing to act on", "remove it"),
-    ),
-    (
-        "quantized encoder without pictures",
-        (),
-        {"inputs": "images: 0, text_tokens: 8, new_tokens: 8", "quantize": "{encoder: {weights: fp16}}"},
-        "5:21",
-        ("quantize.encoder has nothing to act on",),
-    ),
-    (
-        "keep that matches nothing",
-        (),
-        {"quantize": "{decoder: {weights: int4, block: 128, keep: [down_proj, mlp.fc1]}}"},
-        "5:67",
-        ("'mlp.fc1' matches no linear", "layers.<0 to 31>", "mlp.down_proj"),
     ),
     ("a cut past the end", ("at: decoder.32, method: fastv",), {}, "8:5", ("fastv at decoder.32", "decoder.31")),
     ("a cut before the start", ("at: decoder.0, method: fastv",), {}, "8:5", ("decoder.0", "decoder.1")),
@@ -285,24 +174,11 @@ WRONG: list[tuple[str, tuple[str, ...], dict[str, Any], str, tuple[str, ...]]] =
 ]
 
 
-def refused(recipe: Any, files: ModelFiles) -> TmcError:
-    with pytest.raises(TmcError) as caught:
-        make_plan(recipe, files)
-    return caught.value
-
-
 @pytest.mark.parametrize(("name", "entries", "lines", "place", "says"), WRONG, ids=[w[0] for w in WRONG])
 def test_wrong_plans(
     name: str, entries: tuple[str, ...], lines: dict[str, Any], place: str, says: tuple[str, ...], write: Writer, files: ModelFiles
 ) -> None:
-    recipe = write(*entries, **lines)
-    error = refused(recipe, files)
-    text = str(error)
-    assert "\n" not in text
-    if place:
-        assert isinstance(error, LegalityError) and error.exit_code == 3
-        assert text.startswith(f"{recipe.origin().file}:{place}: "), text
-    assert all(part in text for part in says), text
+    check_refusal(write(*entries, **lines), files, place, says)
 
 
 @pytest.mark.parametrize(
@@ -310,21 +186,7 @@ def test_wrong_plans(
     [
         ((), {}),
         ((), {"target": "device: rtx-4090, runtime: tensorrt-rtx, decode_width: 2, compute_capabilities: ['8.6', '8.9', '12.0']"}),
-        ((), {"quantize": INT4, "target": "device: rtx-4090, runtime: tensorrt-rtx"}),
         ((), {"target": "device: cpu, runtime: onnxruntime", "model": "dtype: float32"}),
-        ((), {"quantize": "{encoder: {weights: int8}, projector: {weights: int8}, decoder: {weights: int8}, head: {weights: int8}}"}),
-        ((), {"quantize": "{decoder: {weights: fp8, keep: [down_proj]}}", "target": "device: rtx-4090, runtime: tensorrt-rtx"}),
-        ((), {"quantize": "{encoder: {weights: nvfp4, block: 16}}", "target": "device: rtx-5090, runtime: tensorrt-rtx"}),
-        ((), {"quantize": "{decoder: {weights: nvfp4}, head: {weights: fp8}}", "target": "device: jetson-agx-thor, runtime: tensorrt"}),
-        (
-            (),
-            {
-                "quantize": "{decoder: {weights: bf16}, encoder: {weights: fp8}}",
-                "model": "dtype: float32",
-                "target": "device: cpu, runtime: onnxruntime",
-            },
-        ),
-        ((), {"quantize": "{decoder: {weights: int4, block: 64, keep: [down_proj, layers.31]}}"}),
         (("at: projector, method: pool", "at: projector, method: random, keep: 50%"), {}),
         (("at: decoder.2, method: tokencarve, keep: 25%", "at: decoder.4, method: fastv, keep: 50%"), {}),
         (("at: encoder, method: visionzip",), {}),
@@ -516,13 +378,6 @@ def test_whole_blocks_may_be_pruned(probe: pytest.MonkeyPatch, write: Writer, fi
 
 
 # ------------------------------------------------------------------------------------------------------- device files
-def test_a_device_without_int4(write: Writer, files: ModelFiles, tmp_path: Path, repository: Path) -> None:
-    text = (repository / "devices" / "jetson-agx-orin-64gb.yaml").read_text("utf-8")
-    (tmp_path / "old.yaml").write_text(text.replace("name: jetson-agx-orin-64gb", "name: old").replace("int8, int4]", "int8]"), "utf-8")
-    recipe = write(quantize=INT4, target="device: ./old.yaml, runtime: tensorrt")
-    assert ":5:31: int4 does not run on 'old'; it has fp32, fp16, int8" in str(refused(recipe, files))
-
-
 def test_an_unknown_device(write: Writer, files: ModelFiles) -> None:
     with pytest.raises(RecipeError, match="jetson-orin-nano-8gb"):
         make_plan(write(target="device: jetson-orin-nano, runtime: tensorrt"), files)
