@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.accuracy import BUNDLES, NOT_HERE, PAIRS, SMALLER, Bundle, all_bundles, learned, paired, plan_of, recipe_of
+from benchmarks._accuracy_rows import BUNDLES, NOT_HERE, PAIRS, SMALLER, Bundle, all_bundles, learned, plan_of, recipe_of
+from benchmarks.accuracy import paired
 from tmc_export.graphs import METHODS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -74,6 +75,6 @@ def test_differences_are_of_pairs() -> None:
 def test_planning_the_rows_imports_no_torch() -> None:
     import subprocess
 
-    code = "import sys; from benchmarks.accuracy import BUNDLES, plan_of, recipe_of; plan_of(recipe_of(BUNDLES[1])); "
+    code = "import sys; from benchmarks._accuracy_rows import BUNDLES, plan_of, recipe_of; plan_of(recipe_of(BUNDLES[1])); "
     code += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
