@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks._common import REPOSITORY, run_json, save, spread, workplace
 from benchmarks._map_sums import BARE, SUMMED
 from benchmarks._models import CLIP_TINY_336, QWEN2_036B, write_llava
-from benchmarks._selector import CASES, LARGE, PATCHES, TEXT
+from benchmarks._selector_cases import CASES, LARGE, PATCHES, TEXT
 from benchmarks.decoder036b import build, flops
 
 BOUND = 0.02

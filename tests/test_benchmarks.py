@@ -7,7 +7,8 @@ import math
 import pytest
 
 from benchmarks._answers import divergence, overlap
-from benchmarks._selector import CASES, LARGE, PATCHES, Entry
+from benchmarks._selector import Entry
+from benchmarks._selector_cases import CASES, LARGE, PATCHES
 from benchmarks.schemes_accuracy import SCHEMES, wants_data
 from tmc_export.graphs import METHODS
 from tmc_export.plan.quantization import needs_calibration
