@@ -2,7 +2,7 @@
 
     python benchmarks/genai_compare.py [--rounds 7] [--keep DIR]
 
-The 0.36B decoder of `decoder036b.py`, 640-token prompt. onnxruntime-genai is installed into an environment of its own, which sees the
+The decoder of `_decoder036b.py`, 640-token prompt. onnxruntime-genai is installed into an environment of its own, which sees the
 packages of this one (the same onnxruntime library); its `models.builder` makes graphs of a local folder: fp32 as it makes it by itself,
 whose head answers every row of the prompt; `last-row`, fp32 with `prune_lm_head`, which answers the last row, as ours does; and int4
 (block 32, symmetric, accuracy levels 4 and 1, last row, head in fp32, as ours). Both runtimes get the same number of threads (left alone,
@@ -29,8 +29,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks._common import alternate, median_interval, paired, run_json, save, spread, workplace
-from benchmarks._models import CLIP_TINY_336, QWEN2_036B, write_causal_lm, write_llava
-from benchmarks.decoder036b import build, measure
+from benchmarks._decoder036b import build, measure
+from benchmarks._models import QWEN2_036B, write_causal_lm
 
 TOKENS = 48
 BOUNDS = {"prefill fp32": 1.0, "decode int4 level 4": 1.05, "decode int4 level 1": 1.05}
@@ -71,8 +71,6 @@ def theirs(python: Path, folder: Path, prefills: int, tokens: int, threads: int)
 
 def prepare(base: Path, threads: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Make models, bundles and graphs; returns the measurements by name, and those that only decode with int4."""
-    if not (base / "model").exists():
-        write_llava(base / "model", QWEN2_036B, CLIP_TINY_336)
     if not (base / "lm").exists():
         write_causal_lm(base / "lm", QWEN2_036B)
     python = environment(base)

@@ -2,25 +2,22 @@
 
     python benchmarks/schemes_speed.py [--rounds 7] [--keep DIR]
 
-The 0.36B decoder of `decoder036b.py`, 640-token prompt, 576 of it visual: uncompressed, and FastV after layer 2 keeping 144. int8 w8a8 is
+The decoder of `_decoder036b.py`, 640-token prompt, 576 of it visual: uncompressed, and FastV after layer 2 keeping 144. int8 w8a8 is
 calibrated with SmoothQuant (0.5) on four random pictures; int4 has blocks of 32. The head stays fp32. Every measurement is a process of its
 own; they take turns.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks._common import alternate, paired, save, spread, workplace
-from benchmarks._models import CLIP_TINY_336, QWEN2_036B, write_llava
-from benchmarks.decoder036b import PLANS, build, measure
+from benchmarks._common import paired, save, spread, workplace
+from benchmarks._decoder036b import PLANS, build, rounds_and_keep, take_turns
 
 TOKENS, SAMPLES = 32, 4
 SCHEMES: dict[str, dict[str, Any]] = {
@@ -49,13 +46,8 @@ def write_data(base: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--keep", help="a folder for model and bundles that stays")
-    options = parser.parse_args()
+    options = rounds_and_keep(__doc__)
     with workplace(14 << 30, options.keep) as base:
-        if not (base / "model").exists():
-            write_llava(base / "model", QWEN2_036B, CLIP_TINY_336)
         data = write_data(base)
         bundles: dict[str, Path] = {}
         for plan in PLAN_NAMES:
@@ -65,7 +57,7 @@ def main() -> None:
                 name = plan if not part else f"{plan}_{scheme.replace(' ', '_')}"
                 bundles[f"{plan}, {scheme}"] = build(base, name, PLANS[plan], **changes)
         sizes = {name: sum(p.stat().st_size for p in (path / "onnx").iterdir()) for name, path in bundles.items()}
-        found = alternate({name: partial(measure, path, 3, TOKENS) for name, path in bundles.items()}, options.rounds)
+        found = take_turns(bundles, options.rounds, TOKENS)
     rows: list[dict[str, object]] = []
     raw: dict[str, Any] = {}
     for name, runs in found.items():

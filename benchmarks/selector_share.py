@@ -28,18 +28,15 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks._common import REPOSITORY, run_json, save, spread, workplace
+from benchmarks._decoder036b import build, flops
 from benchmarks._map_sums import BARE, SUMMED
-from benchmarks._models import CLIP_TINY_336, QWEN2_036B, write_llava
 from benchmarks._selector_cases import CASES, LARGE, PATCHES, TEXT
-from benchmarks.decoder036b import build, flops
 
 BOUND = 0.02
 
 
 def prefills(base: Path) -> dict[int, Path]:
     """Build the uncompressed decoder for one picture and for five."""
-    if not (base / "model").exists():
-        write_llava(base / "model", QWEN2_036B, CLIP_TINY_336)
     inputs = {"text_tokens": TEXT, "new_tokens": TEXT}
     return {
         PATCHES: build(base, "uncompressed", [], inputs={"images": 1, **inputs}),
