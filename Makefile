@@ -11,8 +11,8 @@ STAMP  := $(VENV)/.installed-torch-$(TORCH)
 # TensorRT-RTX builds engines on a machine without a GPU; its packages exist for Linux on x86-64.
 comma  := ,
 RTX    := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' '-')),$(comma)rtx)
-# One thread a process: the suite runs two processes.
-TESTS  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p xdist -n 2
+# One thread a process: the suite runs two processes. Each takes its tests as they stand, so that what a file builds once is built once.
+TESTS  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p xdist -n 2 --dist worksteal
 
 # A folder of goldens for the method tests: make test TMC_GOLDENS=DIR. Without it a subset in the repository is used.
 ifdef TMC_GOLDENS
