@@ -32,7 +32,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "examples" / "tiny-llava")]
 
 from benchmarks._answers import ask, divergence, overlap  # noqa: E402
 from benchmarks._common import alternate, child_memory, paired, save, workplace  # noqa: E402
-from benchmarks.decoder036b import measure  # noqa: E402
+from benchmarks._decoder036b import measure  # noqa: E402
 from benchmarks.schemes_accuracy import SCHEMES, code_digest, wants_data  # noqa: E402
 
 PLANS = ("none", "visionzip", "fastv", "pool")
