@@ -192,12 +192,27 @@ def test_awq_s_weights_are_those_of_its_equation(home: Path, build: Callable[...
     session, prompt, got = asked_of(home, bundle.folder, int4_accuracy=1)
     model = transformers.LlavaForConditionalGeneration.from_pretrained(home / "model", dtype=torch.float32).eval()
     plain = logits(model, prompt)
-    for name, part in model.named_modules():
-        for same in (n for n in calibrated.divisors if isinstance(part, nn.Linear) and key(n) == key(f"{name}.weight")):
-            divisor = calibrated.divisors[same]
-            codes, scales = quantize_blocks(np.ascontiguousarray(part.weight.data.numpy().T) * divisor[:, None], 32)
-            part.weight.data = torch.from_numpy((dequantize_blocks(codes, scales) / divisor[:, None]).T.copy())
-    assert sqnr(got, logits(model, prompt)) > 80 > 40 > sqnr(got, plain)
+    parts = {key(f"{name}.weight"): part for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+    exact = {name: part.weight.data for name, part in parts.items()}
+
+    def store(chosen: Callable[[str, np.ndarray], tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+        for name, divisor in calibrated.divisors.items():
+            codes, scales = chosen(name, np.ascontiguousarray(exact[key(name)].numpy().T) * divisor[:, None])
+            parts[key(name)].weight.data = torch.from_numpy((dequantize_blocks(codes, scales) / divisor[:, None]).T.copy())
+        return logits(model, prompt)
+
+    def steps(name: str, weight: np.ndarray) -> np.ndarray:
+        """How many steps of its block's scale each weight lies from its code; those at the end of the range may lie farther."""
+        codes, scales = calibrated.codes[name]
+        away: np.ndarray = np.abs(weight / np.repeat(scales, 32, axis=0) - codes) * ((codes > -8) & (codes < 7))
+        return away
+
+    assert calibrated.codes.keys() == calibrated.divisors.keys() and len(calibrated.codes) == 14
+    for name, divisor in calibrated.divisors.items():
+        assert steps(name, exact[key(name)].numpy().T * divisor[:, None]).max() < 0.501
+        assert steps(name, exact[key(name)].numpy().T * np.roll(divisor, 1)[:, None] * 1.2).max() > 0.501
+    assert sqnr(got, store(lambda name, _: calibrated.codes[name])) > 80 > 40 > sqnr(got, plain)
+    assert sqnr(got, store(lambda _, weight: quantize_blocks(weight, 32))) < 50  # the negative twin: rounded without the data
 
 
 def test_gptq_s_codes_are_those_of_its_algorithm(home: Path, build: Callable[..., Built], monkeypatch: pytest.MonkeyPatch) -> None:

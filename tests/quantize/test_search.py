@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tmc_export.quantize.awq import awq_divisors
+from tmc_export.quantize.awq import SHRINKS, awq_blocks, awq_divisors
 from tmc_export.quantize.int4 import dequantize_blocks, quantize_blocks
 from tmc_export.quantize.row_sample import RowSample
 from tmc_export.quantize.smoothquant import smooth_divisors
@@ -46,6 +46,26 @@ def test_awq_helps_where_some_channels_are_large_and_never_hurts() -> None:
     exact = np.round(draw.uniform(-7, 7, (48, 128))).astype(np.float32)
     exact[:, ::32] = 7.0  # every block has its scale 1: nothing is lost by rounding as it is
     np.testing.assert_array_equal(awq_divisors(rows, means, [exact], 32), np.ones(128, np.float32))
+
+
+def test_awq_s_ranges_are_the_best_of_the_grid_block_by_block() -> None:
+    draw = np.random.default_rng(0)
+    rows = draw.standard_normal((40, 64)).astype(np.float32) * np.where(np.arange(64) % 7, 1, 8).astype(np.float32)
+    weight = draw.standard_t(3, (64, 6)).astype(np.float32)
+    codes, scales = awq_blocks(rows, weight, 32)
+    assert codes.dtype == np.int8 and codes.shape == (64, 6) and scales.shape == (2, 6)
+    better = 0
+    for part, at in ((slice(0, 32), 0), (slice(32, 64), 1)):
+        for n in range(6):
+            lost = []
+            for share in SHRINKS:
+                scale = np.abs(weight[part, n]).max() * share / 7
+                lost.append(np.square(rows[:, part] @ (np.clip(np.rint(weight[part, n] / scale), -8, 7) * scale - weight[part, n])).sum())
+            mine = np.square(rows[:, part] @ (codes[part, n] * scales[at, n] - weight[part, n])).sum()
+            assert mine == pytest.approx(min(lost), rel=1e-3)
+            better += mine < 0.99 * lost[0]
+    assert better > 6  # the whole range is rarely the best
+    np.testing.assert_array_equal(awq_blocks(rows, np.zeros((64, 2), np.float32), 32)[0], 0)
 
 
 def test_rows_are_a_fair_sample_and_the_same_every_time() -> None:

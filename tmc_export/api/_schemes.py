@@ -111,8 +111,8 @@ class PartSchemes:
             try:
                 if scheme.stored is not None:
                     applied = apply_stored(model, scheme.block, self._packed, belongs)
-                elif scheme.algorithm == "gptq":
-                    _check_chosen(products, self._found)
+                elif scheme.algorithm != "rtn":
+                    _check_chosen(products, self._found, scheme.algorithm)
                     applied = int4.apply(model, scheme, belongs, self._found.codes)
                 else:
                     applied = SCHEMES.get(scheme.weights)(model, scheme, belongs)
@@ -141,12 +141,12 @@ class PartSchemes:
                 raise ExportError(f"quantize.{part}: no weight of that part was found in any subgraph; remove it from the recipe")
 
 
-def _check_chosen(products: Sequence[Product], found: Calibrated) -> None:
+def _check_chosen(products: Sequence[Product], found: Calibrated, algorithm: str) -> None:
     missing = [product.name for product in products if product.name not in found.codes]
     if missing:
         raise RecipeError(
-            f"quantize.calibration: no sample reached '{missing[0]}' ({len(missing)} such linears here), so that gptq cannot choose its "
-            "codes; give samples that use it (with pictures, or longer), or name it in keep"
+            f"quantize.calibration: no sample reached '{missing[0]}' ({len(missing)} such linears here), so that {algorithm} cannot choose "
+            "its codes; give samples that use it (with pictures, or longer), or name it in keep"
         )
 
 

@@ -22,7 +22,7 @@ from tmc_export.plan.quantization import needs_calibration
 from tmc_export.plan.types import Plan, QuantizePlan
 from tmc_export.quantize._inputs import TOPS
 from tmc_export.quantize._weights import is_kept
-from tmc_export.quantize.awq import awq_divisors
+from tmc_export.quantize.awq import awq_blocks, awq_divisors
 from tmc_export.quantize.calibrated import Calibrated
 from tmc_export.quantize.clipping import clip_of
 from tmc_export.quantize.gptq import gptq_blocks
@@ -66,7 +66,7 @@ def calibrate(
         config: its transformers configuration.
         towers: folders of the text towers with their weights, by source.
         progress: called with one line per sample and pass.
-        place: an empty folder, which GPTQ's codes are written to as soon as they are found, and mapped from.
+        place: an empty folder, which AWQ's and GPTQ's codes are written to as soon as they are found, and mapped from.
 
     Raises:
         RecipeError: a sample does not fit the bundle.
@@ -84,10 +84,11 @@ def calibrate(
         with observed_slots(eager.backend, heads) if _slots(plan) else nullcontext():
             seen = observe(session, samples, wanted, progress, rows=rows)
         divisors = _divisors(seen, schemes, eager, progress)
+        codes = _awq_codes(seen, divisors, schemes, eager, progress, place)
         smooth = {name: divisors[name] for name, scheme in schemes.items() if scheme.activations is not None and name in divisors}
         if smooth:
             seen = observe(session, samples, wanted, lambda line: progress(f"{line}, smoothed"), divisors=smooth)
-        codes = _codes(session, samples, seen, schemes, eager, progress, place)
+        codes |= _gptq_codes(session, samples, seen, schemes, eager, progress, place)
     slots = slot_scales(heads, given.observer, given.percentile_used)
     return Calibrated(_clips(seen, schemes, given), divisors, codes, slots, digest_of(samples), len(samples))
 
@@ -137,7 +138,28 @@ def _divisors(seen: Seen, schemes: Mapping[str, QuantizePlan], eager: EagerProgr
     return found
 
 
-def _codes(
+def _awq_codes(
+    seen: Seen,
+    divisors: Mapping[str, Array],
+    schemes: Mapping[str, QuantizePlan],
+    eager: EagerProgram,
+    progress: Callable[[str], None],
+    place: Path,
+) -> dict[str, tuple[Array, Array]]:
+    """AWQ's codes, each block with the range that serves the products best."""
+    found: dict[str, tuple[Array, Array]] = {}
+    groups = [names for names in seen.groups() if schemes[names[0]].algorithm == "awq"]
+    for number, names in enumerate(groups, 1):
+        progress(f"awq ranges {number}/{len(groups)}")
+        divisor = divisors[names[0]]
+        rows = seen.rows[names[0]].rows / divisor
+        for name in names:
+            pair = awq_blocks(rows, eager.weight(name).numpy().T * divisor[:, None], schemes[name].block)
+            found[name] = _spilled(place / f"awq-{len(found)}.npy", *pair)
+    return found
+
+
+def _gptq_codes(
     session: Session,
     samples: Sequence[Sample],
     seen: Seen,
@@ -160,7 +182,7 @@ def _codes(
             for name in names:
                 weight = np.ascontiguousarray(eager.weight(name).numpy().T)
                 pair = gptq_blocks(weight, products, schemes[name].block)
-                found[name] = _spilled(place, len(found), *pair)
+                found[name] = _spilled(place / f"gptq-{len(found)}.npy", *pair)
     return found
 
 
@@ -177,9 +199,8 @@ def _passes(groups: Sequence[tuple[str, ...]], sizes: Mapping[str, int]) -> list
     return found
 
 
-def _spilled(folder: Path, number: int, codes: Array, scales: Array) -> tuple[Array, Array]:
+def _spilled(path: Path, codes: Array, scales: Array) -> tuple[Array, Array]:
     """Return the arrays, the codes mapped from a file: they stay readable when it is removed."""
-    path = folder / f"gptq-{number}.npy"
     np.save(path, codes, allow_pickle=False)
     return np.load(path, mmap_mode="r", allow_pickle=False), scales
 

@@ -23,7 +23,15 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-__all__ = ["divide_inputs"]
+__all__ = ["columns_times", "divide_inputs"]
+
+_COLUMNS = "tmc_export.columns"
+
+
+def columns_times(tensor: ir.TensorProtocol) -> Array | None:
+    """What the last axis of a weight was multiplied by to divide another product's input; None when by nothing."""
+    found: Array | None = tensor.meta.get(_COLUMNS)
+    return found
 
 
 def divide_inputs(model: ir.Model, products: Sequence[Product], divisors: Mapping[str, Array]) -> None:
@@ -114,4 +122,9 @@ def _scale(model: ir.Model, value: ir.Value, factor: Array, users: list[ir.Node]
     how = f"times({axis}, {hashlib.sha256(np.ascontiguousarray(factor).tobytes()).hexdigest()})"
     narrow = wide.astype(np.float32)
     scaled = derive(source, how, lambda w: (w.astype(np.float32) * narrow).astype(w.dtype), shape=shape, name=f"{value.name}.t")
+    before = columns_times(source)
+    if axis == -1:
+        before = narrow if before is None else before * narrow
+    if before is not None:
+        scaled.meta[_COLUMNS] = before
     replace_input(model, value, register(model, scaled), users)

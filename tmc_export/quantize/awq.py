@@ -1,9 +1,10 @@
 """AWQ: channels that carry large activations get finer steps, by scaling them up before their weights are rounded.
 
-Lin et al. 2024, arXiv 2306.00978, equations 4 and 5: `d = mean|X|^α`, α from a grid, the one whose products are nearest. Official code:
-mit-han-lab/llm-awq, `awq/quantize/auto_scale.py`. It judges by the output of the attention or feed-forward that the linears belong to;
-here the products themselves are compared. Its search for a narrower range (`auto_clip.py`) is not done: every block has the best of three
-scales (`int4.py`).
+Lin et al. 2024, arXiv 2306.00978, equations 4 and 5: `d = mean|X|^α`, α from a grid, the one whose products are nearest; then every block
+of a weight gets the range, up to half of it cut off, whose products are nearest. Official code: mit-han-lab/llm-awq,
+`awq/quantize/auto_scale.py` and `auto_clip.py`. The first judges by the output of the attention or feed-forward that the linears belong to;
+here the products themselves are compared. The second clips weights and leaves queries and keys alone; here the range gives the block its
+scale, for all linears.
 """
 
 from __future__ import annotations
@@ -20,11 +21,15 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-__all__ = ["GRID", "awq_divisors"]
+__all__ = ["GRID", "SHRINKS", "awq_blocks", "awq_divisors"]
 
 GRID = 20
 """α is 0/20 to 19/20, as in the official code."""
+SHRINKS = tuple(1 - step / 20 for step in range(11))
+"""Shares of a block's range that its largest code may stand for, as in the official code."""
 _LEAST = 1e-4
+_SLAB = 1 << 20
+"""Weights worked on at a time, so that temporaries stay small beside the matrix."""
 
 
 def awq_divisors(rows: Array, means: Array, weights: Sequence[Array], block: int) -> Array:
@@ -63,3 +68,44 @@ def _loss(rows: Array, matrices: Sequence[Array], divisor: Array, block: int) ->
         rounded = dequantize_blocks(*quantize_blocks(matrix * divisor[:, None], block)) / divisor[:, None]
         total += float(np.square(rows @ (rounded - matrix), dtype=np.float64).sum())
     return total
+
+
+def awq_blocks(rows: Array, weight: Array, block: int) -> tuple[Array, Array]:
+    """Quantize a matrix, each block with the range whose products differ least.
+
+    Args:
+        rows: float32 `[n, K]`, some of the input, divided.
+        weight: float32 `[K, N]`, multiplied; K a multiple of `block`.
+        block: input channels that share a scale.
+
+    Returns:
+        int8 codes `[K, N]` in [-8, 7] and float32 scales `[K / block, N]`.
+    """
+    count, columns = weight.shape[0] // block, weight.shape[1]
+    codes, scales = np.empty((count, block, columns), np.int8), np.empty((count, columns), np.float32)
+    step = max(1, _SLAB // block)
+    for number in range(count):
+        part = slice(number * block, (number + 1) * block)
+        products = rows[:, part].T @ rows[:, part]
+        for start in range(0, columns, step):
+            piece = slice(start, start + step)
+            codes[number, :, piece], scales[number, piece] = _best_range(products, weight[part, piece].astype(np.float32))
+    return codes.reshape(weight.shape), scales
+
+
+def _best_range(products: Array, weight: Array) -> tuple[Array, Array]:
+    """Codes `[block, N]` and scales `[N]` of the least `δᵀ·products·δ`, δ being what a column's block loses."""
+    peak = np.maximum(np.abs(weight).max(0), np.finfo(np.float32).smallest_normal)
+    best_codes, best_scale, least = np.zeros(weight.shape, np.float32), peak, np.full(len(peak), np.inf, np.float32)
+    for share in SHRINKS:
+        scale = peak * np.float32(share / 7)
+        codes = np.clip(np.rint(weight / scale), -8, 7)
+        lost = codes * scale - weight
+        loss = np.einsum("kn,kn->n", lost, products @ lost)
+        better = loss < least
+        best_codes, best_scale, least = (
+            np.where(better, codes, best_codes),
+            np.where(better, scale, best_scale),
+            np.where(better, loss, least),
+        )
+    return best_codes.astype(np.int8), best_scale

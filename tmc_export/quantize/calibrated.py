@@ -22,7 +22,7 @@ class Calibrated:
         clips: weight → the magnitude of its input that the largest code stands for.
         divisors: weight → float32 `[K]`, above 0: its input channels are divided by them and its rows multiplied. Weights that read one
             input have one array.
-        codes: weight → int4 codes `[K, N]` (int8, in [-8, 7]) and their scales `[K / block, N]`, where GPTQ chose them.
+        codes: weight → int4 codes `[K, N]` (int8, in [-8, 7]) and their scales `[K / block, N]`, where AWQ or GPTQ chose them.
         slots: `<layer>.key` and `<layer>.value` → the scale of each KV head's codes, where slots hold codes.
         digest: of the data; "" without any.
         samples: questions answered.

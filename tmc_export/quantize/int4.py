@@ -20,6 +20,7 @@ import onnx_ir as ir
 from tmc_export.core.errors import ExportError, LegalityError
 from tmc_export.export.lazy_tensors import derive
 from tmc_export.quantize._contract import SCHEMES, Applied, WeightPlan
+from tmc_export.quantize._divide import columns_times
 from tmc_export.quantize._weights import is_kept, keyed, register, replace_input, shape_of, weight_name, weights_of
 
 if TYPE_CHECKING:
@@ -107,12 +108,12 @@ class _Pair:
 
 
 class _Chosen:
-    """Codes and scales that are known already."""
+    """Codes and scales that are known already; where the weight's columns were multiplied since, so are the scales."""
 
-    how = "gptq"
+    how = "chosen"
 
-    def __init__(self, codes: Array, scales: Array) -> None:
-        self._codes, self._scales = codes, scales
+    def __init__(self, codes: Array, scales: Array, columns: Array | None) -> None:
+        self._codes, self._scales = codes, scales if columns is None else scales * columns
 
     def codes(self, _: Array) -> Array:
         return self._codes
@@ -126,7 +127,7 @@ def _dequantize(model: ir.Model, value: ir.Value, block: int, chosen: tuple[Arra
     source = keyed(value)
     rows, columns = shape_of(source)
     name = value.name or ""
-    pair = _Pair(block) if chosen is None else _Chosen(*chosen)
+    pair = _Pair(block) if chosen is None else _Chosen(*chosen, columns_times(source))
     codes = derive(source, f"{pair.how}(block={block})", pair.codes, shape=(rows, columns), name=f"{name}.int4", dtype=ir.DataType.INT4)
     scales = derive(source, f"{pair.how}_scale(block={block})", pair.scales, shape=(rows // block, columns), name=f"{name}.scale")
     inputs = [register(model, tensor) for tensor in (codes, scales)]
