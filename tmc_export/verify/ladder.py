@@ -23,13 +23,14 @@ from tmc_export.plan.source import fetch_source, read_model_files
 from tmc_export.plan.types import Plan
 from tmc_export.recipe.recipe import Recipe
 from tmc_export.runtime.session import load
+from tmc_export.verify.on_device import NO_GPU, RUNG, device_rung
 from tmc_export.verify.play import play
 from tmc_export.verify.recorded import Case, read_cases
 from tmc_export.verify.rungs import Ladder, Rung, not_run, rung_of
 from tmc_export.verify.saved import check_identity, judge_saved, read_outputs
 from tmc_export.verify.tolerances import Precision, coarsest, grade, tolerance
 
-__all__ = ["RUNGS", "climb", "precision_of_manifest", "recorded_ladder", "saved_ladder", "traced_cases"]
+__all__ = ["RUNGS", "climb", "device_ladder", "precision_of_manifest", "recorded_ladder", "saved_ladder", "traced_cases"]
 
 Progress = Callable[[str], None]
 
@@ -41,12 +42,11 @@ RUNGS = (
     "onnxruntime end to end",
     "float16 range",
     "quantized",
-    "TensorRT",
+    RUNG,
 )
 SAVED = "saved outputs"
 """The rung of `saved_ladder`."""
 _NO_CHECKPOINT = "needs the checkpoint; give --model"
-_NO_GPU = "engines are executed on the device only: run tmc-export verify there with its backend"
 
 
 def recorded_ladder(bundle: Path, progress: Progress = lambda _: None) -> Ladder:
@@ -55,15 +55,12 @@ def recorded_ladder(bundle: Path, progress: Progress = lambda _: None) -> Ladder
     Raises:
         BundleError: files are missing, changed or damaged.
     """
-    progress("files")
-    manifest = open_manifest(bundle)
-    check_files(bundle, manifest)
+    manifest, files = _files(bundle, progress)
     cases = list(read_cases(bundle))
-    files = Rung(RUNGS[0], "passed", f"{len(manifest.files)} files have their sha256")
     progress(RUNGS[4])
     end, quantized = _end_to_end(bundle, manifest, cases)
     middle = [not_run(name, _NO_CHECKPOINT) for name in (RUNGS[1], RUNGS[2], RUNGS[3])]
-    return Ladder((files, *middle, end, not_run(RUNGS[5], _NO_CHECKPOINT), quantized, not_run(RUNGS[7], _NO_GPU)))
+    return Ladder((files, *middle, end, not_run(RUNGS[5], _NO_CHECKPOINT), quantized, not_run(RUNG, NO_GPU)))
 
 
 def _end_to_end(bundle: Path, manifest: Manifest, cases: Sequence[Case]) -> tuple[Rung, Rung]:
@@ -88,6 +85,31 @@ def _end_to_end(bundle: Path, manifest: Manifest, cases: Sequence[Case]) -> tupl
     return not_run(end, why), rung_of(quantized, checks, f"{how}; {note}")
 
 
+def _files(bundle: Path, progress: Progress) -> tuple[Manifest, Rung]:
+    progress(RUNGS[0])
+    manifest = open_manifest(bundle)
+    check_files(bundle, manifest)
+    return manifest, Rung(RUNGS[0], "passed", f"{len(manifest.files)} files have their sha256")
+
+
+def device_ladder(bundle: Path, backend: str, provider: str = "cpu", progress: Progress = lambda _: None) -> Ladder:
+    """Verify a bundle on its device: every hash, and the recorded conversations by another backend than onnxruntime's CPU path.
+
+    Args:
+        bundle: the folder.
+        backend: see `runtime.load`.
+        provider: likewise.
+        progress: called with the name of each rung before it runs.
+
+    Raises:
+        BundleError: files are missing, changed or damaged.
+        TmcError: as `device_rung`.
+    """
+    manifest, files = _files(bundle, progress)
+    progress(f"{backend}, provider {provider}" if backend == "onnxruntime" else backend)
+    return Ladder((files, device_rung(bundle, list(read_cases(bundle)), precision_of_manifest(manifest), backend, provider)))
+
+
 def saved_ladder(bundle: Path, outputs: Path, progress: Progress = lambda _: None) -> Ladder:
     """Verify what a device saved: every hash of the bundle, and the outputs against the recorded reference, as the end-to-end rung judges.
 
@@ -101,10 +123,7 @@ def saved_ladder(bundle: Path, outputs: Path, progress: Progress = lambda _: Non
         RuntimeInputError: `outputs` cannot be read, or the bundle holds no recorded conversations.
         ParityError: `outputs` belongs to another bundle.
     """
-    progress(RUNGS[0])
-    manifest = open_manifest(bundle)
-    check_files(bundle, manifest)
-    files = Rung(RUNGS[0], "passed", f"{len(manifest.files)} files have their sha256")
+    manifest, files = _files(bundle, progress)
     progress(SAVED)
     cases, saved = list(read_cases(bundle)), read_outputs(outputs)
     if not cases:
@@ -142,7 +161,15 @@ class _Climb:
     precision: Precision
 
 
-def climb(bundle: Path, model: Path, progress: Progress = lambda _: None, steps: int = 8, recipe_folder: Path | None = None) -> Ladder:
+def climb(
+    bundle: Path,
+    model: Path,
+    progress: Progress = lambda _: None,
+    steps: int = 8,
+    recipe_folder: Path | None = None,
+    backend: str = "onnxruntime",
+    provider: str = "cpu",
+) -> Ladder:
     """Verify a bundle against the checkpoint it was made from, rung by rung.
 
     Args:
@@ -152,6 +179,8 @@ def climb(bundle: Path, model: Path, progress: Progress = lambda _: None, steps:
         steps: tokens answered per turn.
         recipe_folder: what relative paths of the recipe start from (learned weights, text towers, a device file); the working directory
             when None.
+        backend: see `runtime.load`; another one than onnxruntime's CPU path plays a rung of its own, too, at the end.
+        provider: likewise.
 
     Raises:
         BundleError: files are missing, changed or damaged.
@@ -172,7 +201,12 @@ def climb(bundle: Path, model: Path, progress: Progress = lambda _: None, steps:
         rungs += run(shared)
     progress(RUNGS[5])
     rungs.insert(-1, _half_range(shared))
-    return Ladder((*rungs, not_run(RUNGS[7], _NO_GPU)))
+    if backend == "onnxruntime":
+        rungs.append(not_run(RUNG, NO_GPU))
+    if (backend, provider) != ("onnxruntime", "cpu"):
+        progress(RUNG if backend != "onnxruntime" else f"onnxruntime, provider {provider}")
+        rungs.append(device_rung(bundle, cases, shared.precision, backend, provider))
+    return Ladder(tuple(rungs))
 
 
 def traced_cases(manifest: Manifest, model: Path, steps: int = 8, recipe_folder: Path | None = None) -> tuple[Plan, tuple[Case, ...]]:

@@ -111,6 +111,10 @@ class Ladder:
         failures = [c for r in self.rungs for c in r.failures]
         return next((c for c in failures if c.subgraph is not None), failures[0] if failures else None)
 
+    def rung(self, name: str) -> Rung:
+        """Return the rung of that name."""
+        return next(r for r in self.rungs if r.name == name)
+
     def text(self) -> str:
         """Say every rung in a line, with the failures and the exceptions under it."""
         lines: list[str] = []
