@@ -14,6 +14,7 @@ NAMES = (
     "selector_share",
     "genai_compare",
     "llava7b_export",
+    "llava7b_engines",
     "engine_sizes",
     "accuracy",
     "parity",

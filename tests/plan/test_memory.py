@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from tmc_export.engine._memory import estimate_bytes
 from tmc_export.families._contract import ModelFiles
 from tmc_export.plan._launches import slot_bytes
 from tmc_export.plan._weights import block_bytes, embed_bytes, encoder_weights, projector_weights, weight_bytes
-from tmc_export.plan.make import make_plan, report_plan
-from tmc_export.plan.memory import GIB, build_memory, peak_of_build, room_of, run_memory
+from tmc_export.plan.building import build_memory, builder_of, peak_of_build
+from tmc_export.plan.make import for_this_builder, make_plan, report_plan
+from tmc_export.plan.memory import GIB, room_of, run_memory
 from tmc_export.plan.resolve import resolve
 from tmc_export.plan.source import read_model_files
 from tmc_export.recipe import load_device
@@ -163,10 +165,68 @@ def test_blocks_are_cut_further_until_their_engines_can_be_built(write: Writer, 
     assert plan.blocks[0].query_rows == {1: "last"} and not plan.blocks[1].head and plan.blocks[2].head
 
 
-def test_splits_are_the_devices_own_matter(write: Writer, files: ModelFiles) -> None:
-    """TensorRT-RTX engines are built elsewhere: the 24 GiB of the card do not bound the build."""
-    _, splits = make_plan(write(target="device: rtx-4090, runtime: tensorrt-rtx, decode_width: 2"), files)
-    assert splits == ()
+RTX = "device: rtx-4090, runtime: tensorrt-rtx"
+
+
+def test_the_memory_of_the_card_does_not_bound_the_build(write: Writer, files: ModelFiles) -> None:
+    """TensorRT-RTX engines are built elsewhere: while nobody says where, nothing is cut."""
+    recipe = write(target=RTX)
+    assert make_plan(recipe, files)[1] == () and builder_of(recipe, load_device("rtx-4090")) is None
+
+
+@pytest.mark.parametrize(
+    ("memory", "quantize", "splits"),
+    [
+        (64, "{}", ()),
+        (23.5, "{}", (17,)),  # 30 layers of fp16 are 11.6 GiB, 28.5 to build; half of them with the head fit 21.5
+        (12, "{}", (9, 17, 24)),
+        (8, "{}", (7, 12, 17, 22, 27)),
+        (23.5, INT4, ()),
+        (12, INT4, (17,)),
+        (6, INT4, (9, 17, 24)),
+        (4.5, INT4, (5, 8, 11, 14, 17, 20, 23, 26, 29)),
+    ],
+)
+def test_a_smaller_machine_gets_more_blocks(
+    memory: float, quantize: str, splits: tuple[int, ...], write: Writer, files: ModelFiles
+) -> None:
+    recipe = write("at: decoder.2, method: fastv, keep: 50%", quantize=quantize, target=f"{RTX}, build_memory_gib: {memory}")
+    plan, found = make_plan(recipe, files)
+    assert found == splits
+    assert [(b.first, b.last) for b in plan.blocks] == list(pairwise((0, 2, *splits, 32)))
+    free = int((memory - 2) * GIB)
+    assert max(engine.peak for engine in build_memory(plan)) <= free
+    if splits:  # one block fewer would not do
+        pieces = len(splits)
+        edges = (0, 2, *(2 + 30 * i // pieces for i in range(1, pieces)), 32)
+        assert max(engine.peak for engine in build_memory(resolve(recipe, files, edges[2:-1]))) > free
+
+
+def test_a_machine_too_small_for_any_cut(write: Writer, files: ModelFiles) -> None:
+    for memory, model, says in (
+        (
+            4.2,
+            "dtype: float16",
+            r"a single decoder layer .*the machine that builds has 2\.2 GiB \(4\.2 GiB, less 2\.0 GiB.*quantize to int4, or build",
+        ),
+        (5, "dtype: float32", r"vision_0 .*the machine that builds has 3\.0 GiB .*write model\.dtype: float16, or build on a machine"),
+    ):
+        with pytest.raises(LegalityError, match=says):
+            make_plan(write(model=model, target=f"{RTX}, build_memory_gib: {memory}"), files)
+
+
+def test_a_board_may_be_given_less_than_it_has(write: Writer, files: ModelFiles) -> None:
+    recipe = write("at: decoder.2, method: fastv, keep: 50%", quantize=INT4, target=f"{NANO}, build_memory_gib: 6")
+    assert len(make_plan(recipe, files)[1]) > 1
+
+
+def test_this_machine_builds_where_nobody_else_is_named(write: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tmc_export.plan.make.total_bytes", lambda: int(15.77 * GIB))
+    assert for_this_builder(write(target=RTX)).target.build_memory_gib == 15.7
+    assert for_this_builder(write(target=f"{RTX}, build_memory_gib: 8")).target.build_memory_gib == 8
+    assert for_this_builder(write(target=NANO)).target.build_memory_gib is None
+    monkeypatch.setattr("tmc_export.plan.make.total_bytes", lambda: None)
+    assert for_this_builder(write(target=RTX)).target.build_memory_gib is None
 
 
 def test_too_small_for_a_single_layer(write: Writer, files: ModelFiles, tmp_path: Path, repository: Path) -> None:

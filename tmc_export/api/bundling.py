@@ -22,7 +22,7 @@ from tmc_export.bundle.write import hash_file, rebuilt, seal, write_manifest
 from tmc_export.core.errors import BundleError, ModelError
 from tmc_export.core.lazy import require
 from tmc_export.plan.describe import plan_json, report_json
-from tmc_export.plan.make import report_plan
+from tmc_export.plan.make import for_this_builder, make_plan, report_plan
 from tmc_export.plan.notes import emitted_opset
 from tmc_export.plan.source import fetch, read_model_files
 from tmc_export.plan.towers import fetch_towers
@@ -81,6 +81,9 @@ def build_bundle(
     folder = fetch(loaded, weights=True)
     files = read_model_files(folder)
     device = load_device(loaded.target.device, loaded.folder)
+    want_engines = loaded.target.runtime == "tensorrt-rtx" if engines is None else engines
+    if want_engines and make_plan(named := for_this_builder(loaded), files, device)[1]:
+        loaded = named  # blocks are cut for this machine: the manifest says for which memory
     report = report_plan(loaded, files, device)
     plan = report.plan
     checkpoint = _fingerprint(folder)
@@ -88,7 +91,6 @@ def build_bundle(
     towers = fetch_towers(loaded, plan)
     stamps = {source: _fingerprint(place) for source, place in towers.items()}
     samples = samples_of(loaded)
-    want_engines = loaded.target.runtime == "tensorrt-rtx" if engines is None else engines
     key = _key(
         [
             loaded.canonical_json(),

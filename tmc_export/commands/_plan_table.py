@@ -167,7 +167,8 @@ def _memory(report: PlanReport) -> list[str]:
     if report.recipe.target.runtime != "onnxruntime":
         worst = max(report.build, key=lambda engine: engine.peak)
         where = "on the device" if report.builds_here else "on the machine that builds"
-        lines.append(f"memory while engines are built, {where}, one after the other: up to {gib(worst.peak)} ({worst.name})")
+        has = "" if report.builder is None else f"; it has {report.builder.room}"
+        lines.append(f"memory while engines are built, {where}, one after the other: up to {gib(worst.peak)} ({worst.name}){has}")
     return lines
 
 

@@ -16,17 +16,18 @@ def command(recipe: str, device: str | None, overrides: tuple[str, ...], as_json
     """Show what RECIPE, a file or the name of a shipped recipe, comes to on its device.
 
     Tokens per stage, memory, operations, the estimated time to the first token and per token, and the same uncompressed. Reads the model's
-    JSON files, no weights; needs no torch. Exit code 3: it cannot work on this model or device.
+    JSON files, no weights; needs no torch. Where TensorRT-RTX engines are built, this machine is taken for the one that builds them unless
+    the recipe's target.build_memory_gib names another's memory. Exit code 3: it cannot work on this model or device.
     """
     import json
 
     from tmc_export.plan.describe import report_json
-    from tmc_export.plan.make import device_settings, report_plan
+    from tmc_export.plan.make import device_settings, for_this_builder, report_plan
     from tmc_export.plan.source import fetch, read_model_files
     from tmc_export.recipe import load_recipe
 
     settings = (*(device_settings(device) if device else ()), *overrides)
-    loaded = load_recipe(recipe, settings)
+    loaded = for_this_builder(load_recipe(recipe, settings))
     report = report_plan(loaded, read_model_files(fetch(loaded, weights=False)))
     if as_json:
         click.echo(json.dumps(report_json(report), indent=2, ensure_ascii=False))

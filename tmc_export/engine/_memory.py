@@ -75,5 +75,5 @@ def check_memory(name: str, needed: int, available: int | None) -> None:
     if available is not None and needed > available:
         raise ResourceError(
             f"building the engine of {name} needs about {gib(needed)} of memory and {gib(available)} are free; "
-            "close other programs, add swap, or build the bundle with more, smaller decoder blocks"
+            "close other programs, add swap, or build the bundle with more, smaller decoder blocks (target.build_memory_gib)"
         )

@@ -97,7 +97,10 @@ def _died(name: str, status: int, stderr: str) -> TmcError:
     if status == -signal.SIGKILL:
         free = available_bytes()
         figure = f"; {gib(free)} are free now" if free is not None else ""
-        return ResourceError(f"the build of {name} was killed, most likely for want of memory{figure}; cut the decoder into more blocks")
+        return ResourceError(
+            f"the build of {name} was killed, most likely for want of memory{figure}; "
+            "cut the decoder into more blocks (target.build_memory_gib)"
+        )
     if status < 0:
         return ExportError(f"the TensorRT builder crashed on {name} with {signal.Signals(-status).name}: {tail}")
     return ExportError(f"the TensorRT builder ended with status {status} on {name}: {tail}")

@@ -53,6 +53,7 @@ def report_json(report: PlanReport) -> dict[str, JsonValue]:
             "run": {**asdict(report.run), "total": report.run.total},
             "build": [asdict(engine) for engine in report.build],
             "built_on_device": report.builds_here,
+            "builder": None if report.builder is None else {**asdict(report.builder.room), "free": report.builder.room.free},
         },
         "estimate": {
             "label": LABEL,

@@ -7,28 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tmc_export.core.errors import TmcError
+from tmc_export.core.memory import total_bytes
 from tmc_export.families._contract import ModelFiles
 from tmc_export.graphs._contract import Site
+from tmc_export.plan.building import Builder, BuildMemory, build_memory, builder_of, built_on_device, even_splits
 from tmc_export.plan.estimate import Amdahl, Clock, Estimate, clock_of, estimate, shares_of
 from tmc_export.plan.legality import check_plan, check_target
-from tmc_export.plan.memory import (
-    BuildMemory,
-    Room,
-    RunMemory,
-    build_memory,
-    built_on_device,
-    check_run_memory,
-    even_splits,
-    room_of,
-    run_memory,
-)
+from tmc_export.plan.memory import GIB, Room, RunMemory, check_run_memory, room_of, run_memory
 from tmc_export.plan.notes import notes_of
 from tmc_export.plan.resolve import resolve
 from tmc_export.plan.stored import check_stored
 from tmc_export.plan.types import Plan
 from tmc_export.recipe import Device, Recipe, load_device
 
-__all__ = ["PlanReport", "device_settings", "make_plan", "report_plan"]
+__all__ = ["PlanReport", "device_settings", "for_this_builder", "make_plan", "report_plan"]
 
 
 @dataclass(frozen=True)
@@ -38,12 +30,13 @@ class PlanReport:
     Attributes:
         recipe, device: what it was made for.
         plan: legal and fitting.
-        splits: decoder layers at which blocks were cut so that their engines can be built on the device.
+        splits: decoder layers at which blocks were cut so that the machine that builds their engines can.
         notes: what a user should know: fallbacks, what has not run, what is not known.
         room: memory on the device; None when unknown.
         run: memory while it runs.
         build: memory while each engine is built.
-        builds_here: the engines are built on the device, so that `build` counts against `room`.
+        builds_here: the engines are built on the device.
+        builder: the machine that builds them, whose memory `build` counts against; None without engines, or when unknown.
         clock: the device's figures.
         cost: of the plan.
         uncompressed, uncompressed_cost, uncompressed_run: the same recipe without `compress`; None when that is impossible.
@@ -60,6 +53,7 @@ class PlanReport:
     run: RunMemory
     build: tuple[BuildMemory, ...]
     builds_here: bool
+    builder: Builder | None
     clock: Clock
     cost: Estimate
     uncompressed: Plan | None
@@ -78,7 +72,8 @@ def make_plan(recipe: Recipe, files: ModelFiles, device: Device | None = None) -
         device: the target; loaded by the recipe's name when None.
 
     Returns:
-        The plan, and the decoder layers at which blocks were cut further so that their engines can be built on the device.
+        The plan, and the decoder layers at which blocks were cut further so that their engines can be built: on the device, or in
+        `target.build_memory_gib` (TensorRT-RTX; without it nothing is cut).
 
     Raises:
         ModelError: the model is not served.
@@ -90,14 +85,13 @@ def make_plan(recipe: Recipe, files: ModelFiles, device: Device | None = None) -
     plan = resolve(recipe, files)
     check_plan(recipe, plan)
     check_stored(recipe, plan, target)
-    room = room_of(target, recipe.target.runtime)
-    if room is None:
-        return plan, ()
-    splits = even_splits(plan, recipe, room, target) if built_on_device(target, recipe.target.runtime) else ()
+    builder, room = builder_of(recipe, target), room_of(target, recipe.target.runtime)
+    splits = () if builder is None else even_splits(plan, recipe, builder)
     if splits:
         plan = resolve(recipe, files, splits)
         check_plan(recipe, plan)
-    check_run_memory(plan, recipe, room, target)
+    if room is not None:
+        check_run_memory(plan, recipe, room, target)
     return plan, splits
 
 
@@ -129,6 +123,7 @@ def report_plan(recipe: Recipe, files: ModelFiles, device: Device | None = None)
         run=run_memory(plan, runtime, tight),
         build=build_memory(plan),
         builds_here=built_on_device(target, runtime),
+        builder=builder_of(recipe, target),
         clock=clock,
         cost=estimate(plan, clock, runtime),
         uncompressed=full,
@@ -137,6 +132,17 @@ def report_plan(recipe: Recipe, files: ModelFiles, device: Device | None = None)
         why_not=why,
         amdahl=None if full is None else shares_of(full, clock, runtime, sites),
     )
+
+
+def for_this_builder(recipe: Recipe) -> Recipe:
+    """Name this machine's memory as that of the machine that builds, where TensorRT-RTX engines are wanted and the recipe names none.
+
+    Whole tenths of a GiB, so that two starts of one machine name the same.
+    """
+    total = total_bytes()
+    if total is None or recipe.target.runtime != "tensorrt-rtx" or recipe.target.build_memory_gib is not None:
+        return recipe
+    return recipe.with_build_memory(max(total * 10 // GIB, 1) / 10)
 
 
 def device_settings(name: str) -> tuple[str, ...]:

@@ -1,9 +1,4 @@
-"""Memory of a plan on its device: while it runs, and while its engines are built.
-
-Engines: the peak of a build is 2.4 times the weights of the engine plus 0.75 GiB, 3.0 times for int4. Measured with TensorRT-RTX 1.7 on a
-CPU (weights → peak, GiB): fp16 0.94 → 3.3, 2.88 → 8.2, 5.75 → 14.1; int4 4.07 → 12.8; the formula gives 3.0, 7.7, 14.6 and 13.0. TensorRT
-on a Jetson: not run, the same is assumed; so is nvfp4 beside int4, and int8 and fp8 beside fp16. The engine room refuses with the same
-formula against the memory that is free when it builds.
+"""Memory of a plan on its device while it runs; `plan.building` has what building its engines takes.
 
 onnxruntime keeps a packed copy of a block's weights per session, and one session per phase: three copies. `memory_tight` (no packing)
 leaves float32 weights in the file's pages, which the sessions share. Measured (1.31, CPU, three sessions): 778 MiB for 256 of float32, 2
@@ -13,9 +8,7 @@ TensorRT engines of decode width 1 store the weights twice (measured on a 60 MB 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from tmc_export.core.errors import LegalityError
 from tmc_export.plan._flops import vision_tokens
@@ -25,25 +18,20 @@ from tmc_export.plan.rows import ROW_BLOCK, handed_rows
 from tmc_export.plan.types import BlockPlan, CutPlan, Plan, TowerPlan, VisionPlan
 from tmc_export.recipe import Device, Recipe
 
-__all__ = [
-    "GIB", "BuildMemory", "Room", "RunMemory", "build_memory", "built_on_device", "check_run_memory", "even_splits", "gib", "peak_of_build",
-    "room_of", "run_memory", "tight_helps",
-]  # fmt: skip
+__all__ = ["GIB", "Room", "RunMemory", "brought", "check_run_memory", "codes_of", "gib", "room_of", "run_memory", "tight_helps"]
 
 GIB = 2**30
-_BUILD, _BUILD_BASE = 2.4, 3 * GIB // 4
-_BUILD_CODES = {"int4": 3.0, "nvfp4": 3.0}
 _RESERVE_SHARED, _RESERVE_SHARE, _RESERVE_OWN = 1 * GIB, 0.06, GIB // 2
 
 
 @dataclass(frozen=True)
 class Room:
-    """Memory that a plan may take on a device, bytes.
+    """Memory that a plan may take on a device, or engines on the machine that builds them, bytes.
 
     Attributes:
         total: of the device.
         reserve: left to others; an assumption: where CPU and GPU share the memory 1 GiB for the system and 6 % for firmware carve-outs,
-            else 0.5 GiB.
+            else 0.5 GiB; 2 GiB where engines are built for another device.
         unverified: the total was not read in a document of the maker.
     """
 
@@ -55,6 +43,10 @@ class Room:
     def free(self) -> int:
         """What is left for graphs."""
         return self.total - self.reserve
+
+    def __str__(self) -> str:
+        source = ", unverified" if self.unverified else ""
+        return f"{gib(self.free)} ({gib(self.total)}{source}, less {gib(self.reserve)} for the system)"
 
 
 @dataclass(frozen=True)
@@ -79,23 +71,9 @@ class RunMemory:
         return self.weights + self.kv + self.activations
 
 
-@dataclass(frozen=True)
-class BuildMemory:
-    """The build of one engine: its weights and the expected peak of the building process, bytes."""
-
-    name: str
-    weights: int
-    peak: int
-
-
 def gib(size: float) -> str:
     """`"1.5 GiB"`; below 0.1 GiB in MiB."""
     return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
-
-
-def built_on_device(device: Device, runtime: str) -> bool:
-    """TensorRT engines are built where they run; TensorRT-RTX engines on any machine."""
-    return runtime == "tensorrt" and device.tensorrt.flavour == "tensorrt"
 
 
 def room_of(device: Device, runtime: str) -> Room | None:
@@ -138,7 +116,7 @@ def tight_helps(plan: Plan) -> bool:
 
 def _packed(plan: Plan, block: BlockPlan, unpacked: int) -> int:
     """A block's weights as onnxruntime packs them: codes stay codes, float16 becomes float32."""
-    if unpacked == 1 or _codes(plan, "decoder") is None:
+    if unpacked == 1 or codes_of(plan, "decoder") is None:
         return unpacked * block_bytes(plan, block)
     tail = block_bytes(plan, block) - block_bytes(plan, _headless(block))
     return block_bytes(plan, _headless(block)) + unpacked * tail
@@ -148,14 +126,14 @@ def _headless(block: BlockPlan) -> BlockPlan:
     return BlockPlan(block.index, block.first, block.last, block.tokens, block.visual_tokens, block.capacity)
 
 
-def _codes(plan: Plan, part: str) -> str | None:
-    """The scheme of a part that is stored as codes with scales; None for floating point as it is."""
+def codes_of(plan: Plan, part: str) -> str | None:
+    """Return the scheme of a part that is stored as codes with scales; None for floating point as it is."""
     scheme = plan.quantize.get(part)
     return scheme.weights if scheme is not None and scheme.weights not in ("fp16", "bf16") else None
 
 
-def _brought(plan: Plan) -> bool:
-    """Whether the checkpoint brings the decoder's codes, so that a recipe cannot ask for others."""
+def brought(plan: Plan) -> bool:
+    """Say whether the checkpoint brings the decoder's codes, so that a recipe cannot ask for others."""
     scheme = plan.quantize.get("decoder")
     return scheme is not None and scheme.stored is not None
 
@@ -221,7 +199,7 @@ def check_run_memory(plan: Plan, recipe: Recipe, room: Room, device: Device) -> 
         helps.append("set target.memory_tight: true")
     if recipe.target.runtime != "onnxruntime" and plan.decode_width == 1:
         helps.append("set target.decode_width: 2, which stores the weights once")
-    if _codes(plan, "decoder") not in ("int4", "nvfp4") and not _brought(plan):
+    if codes_of(plan, "decoder") not in ("int4", "nvfp4") and not brought(plan):
         helps.append("write quantize: {decoder: {weights: int4, block: 128}}")
     if found.kv + found.activations > found.total // 4:
         helps.append("lower inputs.images, inputs.text_tokens or inputs.new_tokens, or compress more")
@@ -229,68 +207,5 @@ def check_run_memory(plan: Plan, recipe: Recipe, room: Room, device: Device) -> 
     times = f" ({found.copies} copies of the decoder's)" if found.copies > 1 else ""
     raise LegalityError(
         f"{recipe.origin(('target', 'device'))}: running needs about {gib(found.total)}: weights {gib(found.weights)}{times}, "
-        f"KV {gib(found.kv)}, activations {gib(found.activations)}; '{device.name}' has {_spare(room)}; {'; or '.join(helps)}"
-    )
-
-
-def _spare(room: Room) -> str:
-    source = ", unverified" if room.unverified else ""
-    return f"{gib(room.free)} ({gib(room.total)}{source}, less {gib(room.reserve)} for the system)"
-
-
-# ------------------------------------------------------------------------------------------------------------ building
-def peak_of_build(weights: int, codes: str | None) -> int:
-    """Expected peak of an engine's build, bytes; see the module's description.
-
-    Args:
-        weights: bytes of the engine's weights.
-        codes: the scheme of most of them; None for floating point.
-    """
-    return int(weights * _BUILD_CODES.get(codes or "", _BUILD)) + _BUILD_BASE
-
-
-def build_memory(plan: Plan) -> tuple[BuildMemory, ...]:
-    """The build of each engine; engines are built one after the other, each in a process of its own."""
-    found: list[tuple[str, int, str | None]] = [(f"text_tower_{t.index}", tower_bytes(plan, t), None) for t in plan.towers]
-    found += [(f"vision_{v.index}", vision_bytes(plan), _codes(plan, "encoder")) for v in plan.vision]
-    for block in plan.blocks:
-        cut = plan.cut_before(block.index)
-        found += [(f"compress_{block.index}", cut_bytes(plan, plan.cuts.index(cut)), None)] if cut is not None else []
-        found.append((f"block_{block.index}", block_bytes(plan, block), _codes(plan, "decoder")))
-    return tuple(BuildMemory(name, weights, peak_of_build(weights, codes)) for name, weights, codes in found)
-
-
-def even_splits(plan: Plan, recipe: Recipe, room: Room, device: Device) -> tuple[int, ...]:
-    """Find where to cut blocks further, evenly and as seldom as possible, so that every engine can be built on the device.
-
-    Raises:
-        LegalityError: an encoder, or a single decoder layer, is too large to build there.
-    """
-    place = recipe.origin(("target", "device"))
-    for engine in build_memory(plan):
-        if engine.name.startswith("vision_") and engine.peak > room.free:
-            raise LegalityError(
-                f"{place}: building the engine of {engine.name} needs about {gib(engine.peak)} for {gib(engine.weights)} of weights; "
-                f"'{device.name}' has {_spare(room)}; {'write model.dtype: float16, or ' if plan.dtype == 'float32' else ''}choose a "
-                "device with more memory"
-            )
-    splits: list[int] = []
-    for block in plan.blocks:
-        splits += _splits_of(plan, block, room, f"{place}: ", device)
-    return tuple(splits)
-
-
-def _splits_of(plan: Plan, block: BlockPlan, room: Room, place: str, device: Device) -> Sequence[int]:
-    codes = _codes(plan, "decoder")
-    layers = block.last - block.first
-    for parts in range(1, layers + 1):
-        edges = [block.first + (layers * i) // parts for i in range(parts + 1)]
-        pieces = [BlockPlan(0, a, b, 0, 0, 0, {}, block.head and b == block.last) for a, b in pairwise(edges)]
-        worst = max(block_bytes(plan, piece) for piece in pieces)
-        if peak_of_build(worst, codes) <= room.free:
-            return edges[1:-1]
-    raise LegalityError(
-        f"{place}building an engine of a single decoder layer (the largest holds {gib(worst)} of weights) needs about "
-        f"{gib(peak_of_build(worst, codes))}; '{device.name}' has {_spare(room)}; "
-        f"{'' if codes == 'int4' or _brought(plan) else 'quantize to int4, or '}choose a device with more memory"
+        f"KV {gib(found.kv)}, activations {gib(found.activations)}; '{device.name}' has {room}; {'; or '.join(helps)}"
     )

@@ -204,6 +204,8 @@ class Target(_Strict):
         decode_width: tokens the decode profile of an engine takes at once. A width of 1 stores the weights twice (its kernels want another
             layout), 2 stores them once.
         memory_tight: one session for all phases instead of one each.
+        build_memory_gib: memory of the machine that builds the engines, GiB: blocks are cut until each engine can be built there. When
+            absent, a Jetson's own, and for TensorRT-RTX that of the machine on which `build` or `plan` runs.
         compute_capabilities: what a TensorRT-RTX engine is built for, such as `"8.9"`; the device's own when absent.
     """
 
@@ -211,6 +213,7 @@ class Target(_Strict):
     runtime: Literal["onnxruntime", "tensorrt", "tensorrt-rtx"] = Field(default="onnxruntime", description="what executes the graphs")
     decode_width: Count = Field(default=2, description="tokens the decode profile of an engine takes at once")
     memory_tight: bool = Field(default=False, description="spend speed to keep one copy of the weights")
+    build_memory_gib: float | None = Field(default=None, gt=0, description="memory of the machine that builds the engines, GiB")
     compute_capabilities: tuple[Annotated[str, AfterValidator(_check_capability)], ...] | None = Field(
         default=None, description="compute capabilities of a TensorRT-RTX engine, such as '8.9'"
     )
@@ -274,6 +277,10 @@ class Recipe(_Strict):
         written = {**entry.model_dump(mode="json", exclude_defaults=True), "at": at, **options}
         changed = Compress.model_validate_json(json.dumps(written))
         return self.model_copy(update={"compress": (*self.compress[:index], changed, *self.compress[index + 1 :])})
+
+    def with_build_memory(self, size_gib: float) -> Recipe:
+        """Return the same recipe with `target.build_memory_gib` named."""
+        return self.model_copy(update={"target": self.target.model_copy(update={"build_memory_gib": size_gib})})
 
     def weights_file(self, entry: int) -> FilePath | None:
         """Return the file that `compress.<entry>.weights` names (it need not exist), found as a model folder is; None without one."""
