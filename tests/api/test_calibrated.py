@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ transformers = pytest.importorskip("transformers")
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
+from tests.api._four_bits import four, with_standard_operators  # noqa: E402
 from tests.families._small import save_small_llava  # noqa: E402
 from tmc_export.api import calibrate as module  # noqa: E402
 from tmc_export.api.bundling import build_bundle  # noqa: E402
@@ -27,6 +29,8 @@ from tmc_export.core.errors import RecipeError  # noqa: E402
 from tmc_export.quantize.calibrated import Calibrated  # noqa: E402
 from tmc_export.quantize.gptq import gptq_blocks  # noqa: E402
 from tmc_export.quantize.int4 import dequantize_blocks, quantize_blocks  # noqa: E402
+from tmc_export.quantize.nvfp4 import dequantize_nvfp4, global_scale, quantize_nvfp4  # noqa: E402
+from tmc_export.runtime._backend import open_backend, options_for  # noqa: E402
 from tmc_export.runtime.session import Session, load  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("traced_once")  # one model in many schemes
@@ -37,8 +41,9 @@ model: {{source: ./model, dtype: {dtype}}}
 inputs: {{images: 1, text_tokens: 32, new_tokens: 8, chunk: 8}}
 compress: [{entries}]
 quantize: {{{parts}, calibration: {{images: pictures, prompts: prompts.jsonl{more}}}}}
-target: {{device: cpu, runtime: onnxruntime}}
+target: {target}
 """
+CPU = "{device: cpu, runtime: onnxruntime}"
 EIGHT = "weights: int8, activations: int8"
 W8A8 = f"encoder: {{{EIGHT}}}, projector: {{{EIGHT}}}, decoder: {{{EIGHT}"
 KEPT = "layers.1.mlp.down_proj"
@@ -59,9 +64,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def written(home: Path, name: str, parts: str, entries: str = "", dtype: str = "float32", more: str = "") -> Path:
+def written(home: Path, name: str, parts: str, entries: str = "", dtype: str = "float32", more: str = "", target: str = CPU) -> Path:
     path = home / f"{name}.yaml"
-    path.write_text(RECIPE.format(parts=parts, entries=entries, dtype=dtype, more=more), "utf-8")
+    path.write_text(RECIPE.format(parts=parts, entries=entries, dtype=dtype, more=more, target=target), "utf-8")
     return path
 
 
@@ -91,7 +96,7 @@ def build(home: Path) -> Callable[..., Built]:
 @pytest.fixture(scope="module")
 def exact(home: Path) -> Path:
     path = home / "exact.yaml"
-    text = RECIPE.format(parts="X", entries="", dtype="float32", more="")
+    text = RECIPE.format(parts="X", entries="", dtype="float32", more="", target=CPU)
     path.write_text("\n".join(line for line in text.splitlines() if not line.startswith("quantize")) + "\n", "utf-8")
     return build_bundle(path, home / "exact", record=False, engines=False).folder
 
@@ -144,7 +149,10 @@ def key(name: str) -> str:
 
 
 def asked_of(home: Path, bundle: Path, int4_accuracy: int = 4) -> tuple[Session, Any, np.ndarray]:
-    session = load(bundle, threads=1, int4_accuracy=int4_accuracy)
+    return asked(home, load(bundle, threads=1, int4_accuracy=int4_accuracy))
+
+
+def asked(home: Path, session: Session) -> tuple[Session, Any, np.ndarray]:
     prompt = session.prompt([5, 6, session.program.image_token, 7, 9, 11], session.encode_images([str(home / "pictures" / "1.png")]))
     return session, prompt, session.run_prompt(prompt).logits.reshape(-1)
 
@@ -183,6 +191,45 @@ def test_products_are_joined_and_onnxruntime_multiplies_codes(build: Callable[..
     symbolic = ir.load(bundle / "engines" / "block_0.onnx")
     points = [n.inputs[2].const_value for n in symbolic.graph if n.op_type == "QuantizeLinear"]
     assert points and all(t.dtype == ir.DataType.INT8 and not t.numpy().any() for t in points)  # TensorRT takes no other zero
+
+
+def theirs_in_four(home: Path, prompt: Any, calibrated: Calibrated, factor: float = 1.0) -> np.ndarray:
+    """Logits of Hugging Face's model with inputs and weights of its linears in nvfp4; those that read one input share a scale."""
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(home / "model", dtype=torch.float32).eval()
+    parts = {key(f"{n}.weight"): m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    groups: dict[float, list[Any]] = {}
+    for name, clip in calibrated.clips.items():
+        groups.setdefault(clip, []).append(parts[key(name)])
+    assert sum(map(len, groups.values())) > 20 and max(map(len, groups.values())) == 3
+    for clip, members in groups.items():
+        scale = global_scale(max(float(m.weight.data.abs().max()) for m in members), np.float32)
+        step = float(global_scale(clip * factor, np.float32))
+        for part in members:
+            weight = np.ascontiguousarray(part.weight.data.numpy().T)
+            part.weight.data = torch.from_numpy(dequantize_nvfp4(*quantize_nvfp4(weight, scale), scale).T.copy())
+            part.register_forward_pre_hook(lambda _, given, g=step: (four(given[0], g),))
+    return logits(model, prompt)
+
+
+def test_nvfp4_w4a4_is_hugging_face_s_model_with_rounded_linears(home: Path, build: Callable[..., Built], exact: Path) -> None:
+    """TensorRT's operator runs on no CPU: what NVIDIA's documents say of it stands in its place, and runs on onnxruntime."""
+    part = "{weights: nvfp4, activations: nvfp4"
+    target = "{device: rtx-5090, runtime: tensorrt-rtx}"
+    bundle = build("four", f"encoder: {part}}}, projector: {part}}}, decoder: {part}, keep: [{KEPT}]}}", target=target)
+    assert not any(KEPT in n for n in bundle.found.clips)
+    folder = bundle.folder.with_name("four_standard")
+    shutil.copytree(bundle.folder, folder)
+    rounded = {p.stem: with_standard_operators(p, folder / "onnx" / p.name) for p in (bundle.folder / "onnx").glob("*.onnx")}
+    # of two layers: query with key and value, output, gate with up, down, which one layer keeps; of two encoder layers and the projector
+    assert rounded["block_0_prefill"] == rounded["block_0_chunk"] == rounded["block_0_decode"] == 2 * 4 - 1, rounded
+    assert rounded["vision_0"] == len({c for n, c in bundle.found.clips.items() if ".layers." not in n or "vision" in n}), rounded
+    manifest = open_manifest(bundle.folder)
+    options = options_for(manifest.program, 1)
+    session = Session(folder, manifest, open_backend("onnxruntime", folder, options), options)
+    _, prompt, got = asked(home, session)
+    want, plain = theirs_in_four(home, prompt, bundle.found), asked_of(home, exact)[2]
+    assert sqnr(got, want) > 15 + sqnr(got, plain) > 15, (sqnr(got, want), sqnr(got, plain))
+    assert sqnr(got, theirs_in_four(home, prompt, bundle.found, factor=1.3)) < sqnr(got, want) - 10  # the negative twin
 
 
 def test_awq_s_weights_are_those_of_its_equation(home: Path, build: Callable[..., Built]) -> None:

@@ -34,11 +34,13 @@ def test_data_without_a_scheme(parts: str, write: Writer) -> None:
         check_calibration(write(quantize=f"{{{parts}{DATA}}}"))
 
 
+@pytest.mark.parametrize("codes", ["fp8", "nvfp4"])
 @pytest.mark.parametrize("observer", ["entropy", "mse"])
-def test_observers_of_equal_steps_are_not_for_fp8(observer: str, write: Writer) -> None:
+def test_observers_of_equal_steps_are_not_for_floating_point(observer: str, codes: str, write: Writer) -> None:
     data = f"calibration: {{images: a, prompts: b.jsonl, observer: {observer}}}"
-    with pytest.raises(LegalityError, match=rf":5:\d+: observer: {observer} reckons with equal steps.*minmax or percentile"):
-        check_calibration(write(quantize=f"{{decoder: {{weights: fp8, activations: fp8}}, {data}}}"))
+    says = rf":5:\d+: observer: {observer} reckons with equal steps, and the {codes} activations.*minmax or percentile"
+    with pytest.raises(LegalityError, match=says):
+        check_calibration(write(quantize=f"{{decoder: {{weights: {codes}, activations: {codes}}}, {data}}}"))
     check_calibration(write(quantize=f"{{decoder: {{weights: int8, activations: int8}}, {data}}}"))
 
 

@@ -12,6 +12,8 @@ from tests.plan.conftest import Writer
 from tmc_export.families._contract import ModelFiles
 from tmc_export.plan.make import make_plan
 
+DATA = "calibration: {images: a, prompts: b.jsonl}"
+FOUR = "weights: nvfp4, activations: nvfp4"
 INT4 = "{decoder: {weights: int4, block: 128}}"
 
 WRONG: list[Wrong] = [
@@ -68,13 +70,6 @@ WRONG: list[Wrong] = [
         {"quantize": "{decoder: {weights: bf16}}", "target": "device: rtx-4090, runtime: tensorrt-rtx"},
         "5:31",
         ("bf16 weights take as many bytes as float16", "model.dtype: float32"),
-    ),
-    (
-        "activations, not built",
-        (),
-        {"quantize": "{decoder: {weights: nvfp4, activations: nvfp4}}", "target": "device: rtx-5090, runtime: tensorrt-rtx"},
-        "5:51",
-        ("quantize.decoder.activations: nvfp4 activations are not built yet", "weight-only"),
     ),
     (
         "fp8 slots, not built",
@@ -141,6 +136,7 @@ def test_wrong_plans(
         ((), {"quantize": INT4, "target": "device: rtx-4090, runtime: tensorrt-rtx"}),
         ((), {"quantize": "{encoder: {weights: int8}, projector: {weights: int8}, decoder: {weights: int8}, head: {weights: int8}}"}),
         ((), {"quantize": "{decoder: {weights: fp8, keep: [down_proj]}}", "target": "device: rtx-4090, runtime: tensorrt-rtx"}),
+        ((), {"quantize": f"{{decoder: {{{FOUR}}}, {DATA}}}", "target": "device: rtx-5090, runtime: tensorrt-rtx"}),
         ((), {"quantize": "{encoder: {weights: nvfp4, block: 16}}", "target": "device: rtx-5090, runtime: tensorrt-rtx"}),
         ((), {"quantize": "{decoder: {weights: nvfp4}, head: {weights: fp8}}", "target": "device: jetson-agx-thor, runtime: tensorrt"}),
         (

@@ -7,7 +7,7 @@ import onnx_ir.passes
 
 from tmc_export.core.errors import ExportError
 
-__all__ = ["REFUSED_OPERATORS", "AssertStaticPass"]
+__all__ = ["OWN_OPERATORS", "REFUSED_OPERATORS", "AssertStaticPass"]
 
 REFUSED_OPERATORS = frozenset(
     {"NonZero", "Unique", "Compress", "NonMaxSuppression", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "BitwiseNot", "Range"}
@@ -16,6 +16,9 @@ REFUSED_OPERATORS = frozenset(
 
 `Range` is folded to a constant when its ends are static.
 """
+
+OWN_OPERATORS = frozenset({"trt::TRT_FP4DynamicQuantize"})
+"""Operators of TensorRT that no standard one stands for; nvfp4 activations put it in."""
 
 TOP_K_LIMIT = 3840
 """Largest k that TensorRT-RTX 1.7 builds."""
@@ -26,12 +29,12 @@ class AssertStaticPass(ir.passes.InPlacePass):
 
     Args:
         name: of the subgraph, for the message.
-        allowed: `domain::operator` that may be there besides standard ONNX.
+        allowed: `domain::operator` that may be there besides standard ONNX and `OWN_OPERATORS`.
     """
 
     def __init__(self, name: str, allowed: frozenset[str] = frozenset()) -> None:
         super().__init__()
-        self.name, self.allowed = name, allowed
+        self.name, self.allowed = name, allowed | OWN_OPERATORS
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Return the model unchanged.

@@ -139,8 +139,9 @@ def _scheme_notes(recipe: Recipe, plan: Plan) -> list[str]:
         slow += ["int8 slots"] if kv is not None and kv.weights == "int8" and (plan.dtype != "float32" or any(plan.windows)) else []
         found += [f"onnxruntime widens {what} in each run, which is slow" for what in slow]
     else:
+        if any(plan.quantize[part].activations is None for part in schemes.get("nvfp4", ())):
+            found.append("TensorRT-RTX widens nvfp4 weights alone before each product: they are small, and read no faster than float16")
         if "nvfp4" in schemes:
-            found.append("TensorRT-RTX widens nvfp4 weights before each product: they are small, and read no faster than float16")
             found.append("onnxruntime does not execute nvfp4: the answers of these graphs are not run at build time")
     return found
 

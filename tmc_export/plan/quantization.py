@@ -66,7 +66,6 @@ class _NotBuilt:
 _FP8_SLOTS = "{value} slots are not built yet: ONNX's Concat and ScatterND, which fill slots, take no fp8; write weights: int8"
 
 NOT_BUILT = (
-    _NotBuilt("activations", lambda _, s: s.activations == "nvfp4", "{value} activations are not built yet; remove it: weight-only"),
     _NotBuilt("weights", lambda part, s: part == "kv" and s.weights == "fp8", _FP8_SLOTS),
 )  # fmt: skip
 """What is refused because it is not built. Whoever builds it takes its line out."""
@@ -137,10 +136,10 @@ def check_calibration(recipe: Recipe) -> None:
             "fp8 KV; remove it"
         )
     for part, _, scheme in asking:
-        if scheme.activations == "fp8" and given.observer in ("entropy", "mse"):
+        if scheme.activations in ("fp8", "nvfp4") and given.observer in ("entropy", "mse"):
             raise LegalityError(
                 f"{recipe.origin(('quantize', 'calibration', 'observer'))}: observer: {given.observer} reckons with equal steps, and the "
-                f"fp8 activations of quantize.{part} have none; write minmax or percentile"
+                f"{scheme.activations} activations of quantize.{part} have none; write minmax or percentile"
             )
     if recipe.inputs.images and given.images is None:
         raise LegalityError(f"{place}: quantize.calibration lacks images, and inputs.images is {recipe.inputs.images}; add images: FOLDER")

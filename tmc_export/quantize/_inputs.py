@@ -6,7 +6,8 @@ read one input share the pair.
 int8 is symmetric: codes in [-128, 127], no zero point. For onnxruntime's CPU kernels, which multiply unsigned with signed codes, the same
 codes are written as uint8 with the zero point 128: every value is what it was. For the same runtime fp8 is two Casts between a
 division and a product, `Mul(Cast(Cast(Div(x, s), E4M3), dtype), s)`: around a QuantizeLinear onnxruntime 1.31 makes operators that take
-no fp8 (MatMulIntegerToFloat, or a Slice that it moves codes through), and then refuses the graph.
+no fp8 (MatMulIntegerToFloat, or a Slice that it moves codes through), and then refuses the graph. nvfp4's codes have a scale per block
+besides, which is found as the graph runs: `_fp4_inputs`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from tmc_export.core.errors import RecipeError
+from tmc_export.quantize._fp4_inputs import TOP, round_to_nvfp4
 from tmc_export.quantize._weights import register
 
 if TYPE_CHECKING:
@@ -28,8 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["TOPS", "Product", "input_scale", "quantize_inputs"]
 
-TOPS: Mapping[str, float] = {"int8": 127.0, "fp8": 448.0}
-"""Scheme → the largest code; what calibration's range ends at."""
+TOPS: Mapping[str, float] = {"int8": 127.0, "fp8": 448.0, "nvfp4": TOP}
+"""Scheme → the largest code, of nvfp4 times the largest block scale; what calibration's range ends at."""
 
 _CODES = {"int8": ir.DataType.INT8, "uint8": ir.DataType.UINT8, "fp8": ir.DataType.FLOAT8E4M3FN}
 _UNSIGNED_ZERO = 128
@@ -65,7 +67,7 @@ def quantize_inputs(model: ir.Model, products: Sequence[Product], clips: Mapping
         model: changed in place.
         products: weights stored in codes already.
         clips: weight → the end of its input's range; those that read one input have one.
-        scheme: `int8` or `fp8`.
+        scheme: `int8`, `fp8` or `nvfp4`.
         cpu: for onnxruntime's CPU path: int8 codes as uint8 around 128, fp8 by Casts.
 
     Raises:
@@ -89,12 +91,14 @@ def quantize_inputs(model: ir.Model, products: Sequence[Product], clips: Mapping
 
 
 def _pair(model: ir.Model, product: Product, source: ir.Value, clip: float, scheme: str, cpu: bool) -> ir.Value:
-    """Put `DequantizeLinear(QuantizeLinear(source))` before the product; returns what it gives."""
+    """Put the rounding of its input before the product; returns what it gives."""
     if source.dtype is None:
         raise ValueError(f"'{source.name}' has no type")
+    name = f"{source.name}.{len(source.uses())}"
+    if scheme == "nvfp4":
+        return round_to_nvfp4(model, product.node, source, clip, name)
     code = _CODES["uint8" if cpu and scheme == "int8" else scheme]
     zero = np.asarray(_UNSIGNED_ZERO if code == ir.DataType.UINT8 else 0).astype(code.numpy())
-    name = f"{source.name}.{len(source.uses())}"
     scale = register(model, ir.tensor(input_scale(clip, TOPS[scheme], source.dtype.numpy()), name=f"{name}.scale"))
     point = register(model, ir.Tensor(zero, dtype=code, name=f"{name}.zero"))
     narrow = ir.node("QuantizeLinear", [source, scale, point], name=f"{name}.quantize")

@@ -29,7 +29,8 @@ __all__ = [
 ]
 
 Precision = Literal[
-    "float32", "float16", "int8 slots", "int8 slots, half", "bf16", "int8", "int8 w8a8", "fp8", "fp8 w8a8", "int4", "nvfp4"
+    "float32", "float16", "int8 slots", "int8 slots, half", "bf16", "int8", "int8 w8a8", "fp8", "fp8 w8a8", "int4", "nvfp4",
+    "nvfp4 w4a4",
 ]  # fmt: skip
 
 FLOAT16_MAX = 65504.0
@@ -142,6 +143,14 @@ TOLERANCES: Mapping[tuple[str, str], Tolerance] = {
         rtol=1.0, atol=1e-2, sqnr_db=6, kl=2.0, same_tokens=False,
         reason="what 4 bits cost is a property of the model: the bound only finds a broken graph; accuracy is measured on a task",
     ),
+    ("subgraph", "nvfp4 w4a4"): Tolerance(
+        rtol=0.7, atol=1e-2, sqnr_db=9, kl=1.5, same_tokens=False,
+        reason="2 significant bits of weights and of inputs, both in blocks of 16: about 18 dB a linear, less over several layers",
+    ),
+    ("end_to_end", "nvfp4 w4a4"): Tolerance(
+        rtol=1.0, atol=1e-2, sqnr_db=4, kl=3.0, same_tokens=False,
+        reason="what 4 bits cost is a property of the model: the bound only finds a broken graph; accuracy is measured on a task",
+    ),
     ("subgraph", "int4"): Tolerance(
         rtol=0.5, atol=1e-2, sqnr_db=12, kl=1.0, same_tokens=False,
         reason="4 bits in blocks: an error of step / sqrt(12), about 20 dB a linear with Gaussian weights, less over several layers",
@@ -163,21 +172,22 @@ MARGINS: Mapping[str, tuple[float, str]] = {
     "fp8": (5e-2, "weights differ by up to 2^-4 of each; only choices that are clear beside it are compared"),
     "fp8 w8a8": (1e-1, "weights and inputs differ by up to 2^-4 of each; only choices that are clear beside it are compared"),
     "nvfp4": (1e-1, "weights differ by their quantization step; other tokens may rightly be kept, so only clear choices are compared"),
+    "nvfp4 w4a4": (2e-1, "weights and inputs differ by their steps; other tokens may rightly be kept, so only clear choices are compared"),
     "int4": (1e-1, "weights differ by their quantization step; other tokens may rightly be kept, so only clear choices are compared"),
 }
 
 
-_COARSE: tuple[Precision, ...] = ("int4", "nvfp4", "int8 w8a8", "fp8 w8a8", "fp8", "int8", "bf16")
-"""From few bits to many; a linear with Gaussian weights keeps some 20 and 21 dB, 28 of both w8a8, 32, 42 and 56."""
+_COARSE: tuple[Precision, ...] = ("nvfp4 w4a4", "int4", "nvfp4", "int8 w8a8", "fp8 w8a8", "fp8", "int8", "bf16")
+"""From few bits to many; a linear with Gaussian weights keeps some 18, 20 and 21 dB, 28 of both w8a8, 32, 42 and 56."""
 
 
 def grade(weights: str, activations: str | None) -> str:
     """Name a part's scheme as the tables do.
 
-    >>> grade("int8", "int8"), grade("int4", None)
-    ('int8 w8a8', 'int4')
+    >>> grade("int8", "int8"), grade("nvfp4", "nvfp4"), grade("int4", None)
+    ('int8 w8a8', 'nvfp4 w4a4', 'int4')
     """
-    return weights if activations is None else f"{weights} w8a8"
+    return weights if activations is None else f"{weights} {'w4a4' if weights == 'nvfp4' else 'w8a8'}"
 
 
 def precision_of(plan: Plan) -> Precision:
