@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,18 @@ from tests.families._small import save_small_llava  # noqa: E402
 from tmc_export.api import calibrate as module  # noqa: E402
 from tmc_export.api.bundling import build_bundle  # noqa: E402
 from tmc_export.api.calibrate import calibrate  # noqa: E402
+from tmc_export.api.eager_program import eager_program  # noqa: E402
+from tmc_export.api.eager_session import eager_session  # noqa: E402
+from tmc_export.api.simulation import SLOTS, Simulation  # noqa: E402
 from tmc_export.bundle.read import open_manifest  # noqa: E402
 from tmc_export.core.errors import RecipeError  # noqa: E402
+from tmc_export.plan.make import make_plan  # noqa: E402
+from tmc_export.plan.source import read_model_files  # noqa: E402
 from tmc_export.quantize.calibrated import Calibrated  # noqa: E402
 from tmc_export.quantize.gptq import gptq_blocks  # noqa: E402
 from tmc_export.quantize.int4 import dequantize_blocks, quantize_blocks  # noqa: E402
 from tmc_export.quantize.nvfp4 import dequantize_nvfp4, global_scale, quantize_nvfp4  # noqa: E402
+from tmc_export.recipe import load_recipe  # noqa: E402
 from tmc_export.runtime._backend import open_backend, options_for  # noqa: E402
 from tmc_export.runtime.session import Session, load  # noqa: E402
 
@@ -345,3 +351,55 @@ def test_data_that_is_not_there_stops_the_build_before_anything_is_made(home: Pa
     with pytest.raises(RecipeError, match=r"quantize\.calibration\.prompts: cannot read .*gone\.jsonl"):
         build_bundle(path, home / "nowhere", record=False, engines=False)
     assert not (home / "nowhere").exists()
+
+
+# ------------------------------------------------------------------------------------------------ the same schemes, simulated
+@dataclass(frozen=True)
+class Traced:
+    """A recipe's subgraphs in PyTorch."""
+
+    home: Path
+    plan: Any
+    eager: Any
+
+    def logits(self, quantize: Any, found: Calibrated, prompt: Any, less: int = 0) -> np.ndarray:
+        """First logits with a plan's schemes acted out, but for the last `less` weights; of nothing rounded without schemes."""
+        plan = replace(self.plan, quantize=quantize)
+        simulation = Simulation(plan, self.eager, found)
+        names = [*simulation.targets, *([SLOTS] if simulation.slots else [])]
+        with eager_session(plan, self.eager, self.home / "model", {}, simulation.backend) as session, simulation.rounding(names[less:]):
+            return session.run_prompt(session.prompt(prompt[0], session.encode_images(prompt[1]))).logits.reshape(-1)
+
+
+def traced(path: Path) -> Traced:
+    recipe, files = load_recipe(path), read_model_files(path.parent / "model")
+    plan, _ = make_plan(recipe, files)
+    config = transformers.AutoConfig.from_pretrained(path.parent / "model")
+    return Traced(path.parent, plan, eager_program(plan, files, path.parent / "model", config, None, reads=True))
+
+
+@pytest.fixture(scope="module")
+def whole(home: Path) -> Traced:
+    return traced(written(home, "whole-model", f"decoder: {{{EIGHT}}}"))
+
+
+def scheme_of(home: Path, name: str) -> Any:
+    return make_plan(load_recipe(home / f"{name}.yaml"), read_model_files(home / "model"))[0].quantize
+
+
+def test_a_simulation_gives_the_bundle_s_logits(home: Path, build: Callable[..., Built], whole: Traced) -> None:
+    """As near to onnxruntime's as its kernels are to the codes; with one weight left out, farther by far."""
+    rows = {
+        "smooth": (W8A8 + f", smooth: 0.5, keep: [{KEPT}]}}", 40.0),  # a code that lies half-way may turn, and is seen in all that follows
+        "awq": ("decoder: {weights: int4, block: 32, algorithm: awq}", 100.0),
+        "gptq": ("decoder: {weights: int4, block: 32, algorithm: gptq}", 100.0),
+        "slots": ("kv: {weights: int8}", 60.0),
+    }
+    for name, (parts, least) in rows.items():
+        bundle = build(name, parts)
+        got = asked_of(home, bundle.folder, int4_accuracy=1)[2]
+        prompt = [5, 6, open_manifest(bundle.folder).program.image_token, 7, 9, 11], [str(home / "pictures" / "1.png")]
+        plan = scheme_of(home, name)
+        mine = whole.logits(plan, bundle.found, prompt)
+        assert sqnr(mine, got) > least, name
+        assert sqnr(whole.logits(plan, bundle.found, prompt, less=1), got) < sqnr(mine, got) - 5, name  # the negative twin

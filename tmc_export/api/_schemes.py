@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import onnx_ir as ir
@@ -19,7 +20,7 @@ from tmc_export.quantize._weights import check_keep, is_kept, weight_name, weigh
 from tmc_export.quantize.calibrated import Calibrated
 from tmc_export.quantize.stored import apply_stored
 
-__all__ = ["GraphKind", "PartSchemes", "part_of"]
+__all__ = ["GraphKind", "PartSchemes", "Read", "part_of", "reads_of"]
 
 GraphKind = Literal["vision", "embed", "block", "compress", "tower"]
 
@@ -58,6 +59,32 @@ def part_of(name: str, layers: Collection[str]) -> str:
     if name in layers:
         return "decoder"
     return "projector" if _is_projector(name) else "encoder"
+
+
+@dataclass(frozen=True)
+class Read:
+    """A node that reads a weight of a part.
+
+    Attributes:
+        part: whose scheme the weight has.
+        operator: the node's.
+        name: the weight's, in the checkpoint.
+        source: what the weight meets there; reads of one graph with the same number meet one tensor.
+    """
+
+    part: str
+    operator: str
+    name: str
+    source: int
+
+
+def reads_of(model: ir.Model, graph: GraphKind) -> list[Read]:
+    """List what reads the weights that a scheme may store, in a graph without schemes."""
+    found = []
+    for part, belongs in _PARTS[graph].items():
+        for node, value in weights_of(model, {"MatMul": 1, "Gemm": 1, "Conv": 1, "Gather": 0}, belongs):
+            found.append(Read(part, node.op_type, weight_name(value), id(node.inputs[0])))
+    return found
 
 
 class PartSchemes:

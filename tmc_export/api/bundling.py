@@ -31,7 +31,7 @@ from tmc_export.quantize.calibrated import Calibrated
 from tmc_export.recipe import load_device, load_recipe
 from tmc_export.recipe.recipe import Recipe
 
-__all__ = ["BuildResult", "build_bundle"]
+__all__ = ["BuildResult", "build_bundle", "open_config"]
 
 _TOOLS = ("tmc-export", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 
@@ -117,7 +117,7 @@ def build_bundle(
     from tmc_export.export.task import check_task
 
     check_task(folder, plan.facts.architecture)
-    config = _config(folder)
+    config = open_config(folder)
     with WorkFolder(target, key=key, waiting=lambda: progress("another build of this bundle is at work: waiting for its end")) as building:
         if building.waited and not force and (there := _cached(target, key)) is not None:
             return BuildResult(target, there, cached=True)
@@ -213,7 +213,12 @@ def _check_tower_files(folder: Path, tower: TowerPlan) -> None:
         )
 
 
-def _config(folder: Path) -> Any:
+def open_config(folder: Path) -> Any:
+    """Return transformers' configuration of a model folder.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
     transformers = require("transformers", extra="export", purpose="build a bundle")
     try:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

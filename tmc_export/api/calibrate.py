@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,8 +14,7 @@ from tmc_export.api.calibration import Seen, observe
 from tmc_export.api.calibration_data import Sample, digest_of
 from tmc_export.api.calibration_kv import SlotsSeen, observed_slots, slot_scales
 from tmc_export.api.eager_program import EagerProgram, eager_program
-from tmc_export.api.sidecars import copy_sidecars
-from tmc_export.bundle.manifest import Manifest
+from tmc_export.api.eager_session import eager_session
 from tmc_export.families._contract import ModelFiles
 from tmc_export.plan.quantization import needs_calibration
 from tmc_export.plan.types import Plan, QuantizePlan
@@ -28,7 +26,6 @@ from tmc_export.quantize.clipping import clip_of
 from tmc_export.quantize.gptq import gptq_blocks
 from tmc_export.quantize.smoothquant import smooth_divisors
 from tmc_export.recipe import Calibration, Recipe
-from tmc_export.runtime._backend import BackendOptions
 from tmc_export.runtime.session import Session
 
 if TYPE_CHECKING:
@@ -54,6 +51,7 @@ def calibrate(
     towers: Mapping[str, Path],
     progress: Callable[[str], None],
     place: Path,
+    eager: EagerProgram | None = None,
 ) -> Calibrated:
     """Find what the schemes of a plan need data for.
 
@@ -67,6 +65,7 @@ def calibrate(
         towers: folders of the text towers with their weights, by source.
         progress: called with one line per sample and pass.
         place: an empty folder, which AWQ's and GPTQ's codes are written to as soon as they are found, and mapped from.
+        eager: the plan's subgraphs, where they were traced already.
 
     Raises:
         RecipeError: a sample does not fit the bundle.
@@ -75,10 +74,10 @@ def calibrate(
     given = recipe.quantize.calibration
     if given is None:
         return Calibrated()
-    eager = eager_program(plan, files, folder, config, recipe.inputs.fit, towers)
+    eager = eager or eager_program(plan, files, folder, config, recipe.inputs.fit, towers)
     schemes = _schemes(plan, eager)
     wanted = {name: eager.linears[name] for name in schemes}
-    with _session(plan, eager, folder, towers) as session:
+    with eager_session(plan, eager, folder, towers) as session:
         rows = _ROWS if any(s.algorithm == "awq" for s in schemes.values()) else 0
         heads: SlotsSeen = {}
         with observed_slots(eager.backend, heads) if _slots(plan) else nullcontext():
@@ -107,17 +106,6 @@ def _schemes(plan: Plan, eager: EagerProgram) -> dict[str, QuantizePlan]:
         if scheme is not None and needs_calibration(part, scheme) and not is_kept(name, scheme.keep):
             found[name] = scheme
     return found
-
-
-@contextmanager
-def _session(plan: Plan, eager: EagerProgram, folder: Path, towers: Mapping[str, Path]) -> Iterator[Session]:
-    """The runtime's session on the eager subgraphs."""
-    with TemporaryDirectory(prefix="tmc-export-calibrate-") as place:
-        copy_sidecars(folder, Path(place) / "model")
-        for tower, program in zip(plan.towers, eager.program.towers, strict=True):
-            copy_sidecars(towers[tower.source], Path(place) / program.folder)
-        manifest = Manifest(name=plan.name, key="", recipe={}, plan={}, checkpoint={}, versions={}, program=eager.program)
-        yield Session(Path(place), manifest, eager.backend, BackendOptions())
 
 
 def _divisors(seen: Seen, schemes: Mapping[str, QuantizePlan], eager: EagerProgram, progress: Callable[[str], None]) -> dict[str, Array]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tmc_export.api._schemes import Read
 from tmc_export.api.eager import EagerBackend, parameter_names
 from tmc_export.api.exporter import Exporter, learned_sources
 from tmc_export.api.subgraphs import program_of
@@ -33,6 +34,9 @@ class EagerProgram:
         linears: the model's linears but for its output head, by their weight's name in the checkpoint.
         layers: names of those in the decoder's layers.
         weight: name → float32 weight `[out, in]`.
+        weights: per file, identity of a parameter → its name, and where weights are read by that name.
+        reads: per file, what reads weights that a scheme may store, where that was asked for.
+        identity: name of a weight in the model → in the checkpoint.
     """
 
     program: Program
@@ -40,6 +44,9 @@ class EagerProgram:
     linears: Mapping[str, nn.Linear]
     layers: frozenset[str]
     weight: Callable[[str], Tensor]
+    weights: Mapping[str, tuple[Mapping[int, str], WeightCache]]
+    reads: Mapping[str, Sequence[Read]]
+    identity: Callable[[str], str]
 
 
 def eager_program(
@@ -50,8 +57,9 @@ def eager_program(
     fit: str | None,
     towers: Mapping[str, Path] = MappingProxyType({}),
     budget: int = 2 << 30,
+    reads: bool = False,
 ) -> EagerProgram:
-    """Make a plan's subgraphs as modules in float32, unquantized; nothing is traced or written.
+    """Make a plan's subgraphs as modules in float32, unquantized; nothing is written.
 
     Args:
         plan: what would be exported.
@@ -61,24 +69,28 @@ def eager_program(
         fit: the recipe's picture rule, or None for the family's own.
         towers: folders of the text towers with their weights, by source.
         budget: bytes of weights that may stay in memory between two uses.
+        reads: find out what reads weights; each subgraph is traced for it, otherwise none is.
 
     Raises:
         ModelError: weights are missing or damaged.
         ExportError: a part cannot be lowered.
     """
     plain = replace(plan, dtype="float32", quantize={})
-    work = Exporter(plain, files, folder, config, folder, fit, OPSET, lambda _: None, write=False)
+    work = Exporter(plain, files, folder, config, folder, fit, OPSET, lambda _: None, write=False, trace=reads)
     program = program_of(work, towers)
     for runnable in work.runnables.values():
         _fill_learned(runnable.module)
     names = parameter_names(work.model)
     cache = WeightCache(work.checkpoint, torch.float32, budget)
-    weights = dict.fromkeys(work.runnables, (names, cache))
+    weights: dict[str, tuple[Mapping[int, str], WeightCache]] = dict.fromkeys(work.runnables, (names, cache))
     weights |= {file: (parameter_names(whole), WeightCache(source, torch.float32, budget)) for file, (whole, source) in work.towers.items()}
     backend = EagerBackend(work.runnables, weights)
     linears = {work.checkpoint.identity(names[id(m.weight)]): m for m in _linears(work.model) if m is not work.parts.head}
     layers = frozenset(work.checkpoint.identity(names[id(m.weight)]) for m in _linears(work.parts.layers))
-    return EagerProgram(program, backend, linears, layers, lambda name: cache.read(names[id(linears[name].weight)]))
+    return EagerProgram(
+        program, backend, linears, layers, lambda name: cache.read(names[id(linears[name].weight)]), weights, work.reads,
+        work.checkpoint.identity,
+    )  # fmt: skip
 
 
 def _linears(model: nn.Module) -> list[nn.Linear]:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from tmc_export.api._schemes import GraphKind, PartSchemes
+from tmc_export.api._schemes import GraphKind, PartSchemes, Read, reads_of
 from tmc_export.api._slot_codes import quantize_slots, slot_codes
 from tmc_export.api.eager import Runnable
 from tmc_export.api.resuming import journaled_store
@@ -66,12 +66,14 @@ class Exporter:
         plan, files, folder, config, out, fit, opset, progress: as `export_subgraphs` takes them.
         found: what calibration found, where a scheme needs data.
         write: False writes nothing and traces nothing: modules only run on shapes.
+        trace: trace although nothing is written, to see what reads weights.
         journal: of the folder `out`; None: nothing is recorded or taken up again.
 
     Attributes:
         runnables: by the bundle file that it is traced for, every module and how it is called.
         towers: by file, the text tower and where its weights are read.
         saved: bundle files that were written since the list was last cleared.
+        reads: by file, what reads weights in it; filled by `trace`.
     """
 
     def __init__(
@@ -87,9 +89,11 @@ class Exporter:
         found: Calibrated | None = None,
         write: bool = True,
         journal: Journal | None = None,
+        trace: bool = False,
     ) -> None:
-        self.write, self.journal = write, journal
+        self.write, self.journal, self._traces = write, journal, write or trace
         self.saved: list[str] = []
+        self.reads: dict[str, list[Read]] = {}
         found = found or Calibrated()
         self.kv = slot_codes(plan, found.slots or None)
         self.runnables: dict[str, Runnable] = {}
@@ -123,7 +127,7 @@ class Exporter:
         """
         model = None
         symbols = symbols or [None] * len(examples)
-        if self.write:
+        if self._traces:
             whole, checkpoint = tower or (self.model, self.checkpoint)
             model = clean(
                 capture(
@@ -143,7 +147,9 @@ class Exporter:
     ) -> str:
         file = f"onnx/{name}.onnx"
         self.runnables[file] = replace(self._traced, kind=kind)
-        if model is None:
+        if model is not None and not self.write:
+            self.reads[file] = reads_of(model, kind)
+        if model is None or not self.write:
             return file
         static = specialize(model, sizes, name, append=append, causal=kind == "block" and not append)
         self.schemes.apply(static, kind)
@@ -229,7 +235,7 @@ class Exporter:
             fuse = append and self.plan.runtime == "onnxruntime" and plain
             file = self._save(model, f"{name}_{phase}", {"T": t, "P": p - 1 if append else p}, "block", f"{name}.data", append, fuse)
             programs[phase] = GraphPhase(file=file, tokens=t, past=p)
-        if model is not None:
+        if model is not None and self.write:
             self._symbolic(model, name, phases)
         return BlockProgram(
             index=plan.index, first=plan.first, last=plan.last, tokens=plan.tokens, capacity=plan.capacity,

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tmc_export.families._contract import ModelFiles
     from tmc_export.verify.statistics import Calibration, Question
 
-__all__ = ["FitResult", "fit_recipe", "read_questions", "spread"]
+__all__ = ["FitResult", "fit_recipe", "fitted_target", "read_questions", "spread"]
 
 SAMPLES = 16
 """Calibration prompts, unless asked for another number."""
@@ -132,7 +132,7 @@ def fit_recipe(
         MissingExtraError: torch or transformers is not installed.
     """
     loaded = load_recipe(recipe)
-    target = _target(recipe, out, force)
+    target = fitted_target(recipe, out, force)
     index, method = _choose(loaded, entry)
     wanted = _goals(loaded.compress[index].method, method, goals or {})
     questions = spread(read_questions(loaded, pictures, prompts), samples)
@@ -252,7 +252,12 @@ def _none(file: Path) -> list[Question]:
     raise RuntimeInputError(f"{file} holds 0 questions; write at least 1")
 
 
-def _target(recipe: str | Path, out: str | Path | None, force: bool) -> Path:
+def fitted_target(recipe: str | Path, out: str | Path | None, force: bool) -> Path:
+    """Return where a fitted copy of a recipe goes; see `fit_recipe`.
+
+    Raises:
+        RecipeError: something is there and may not be replaced, or no file can be made there.
+    """
     source = find_recipe(recipe)
     beside = source.parent if Path(recipe).exists() else Path()
     target = beside / f"{source.stem}-fitted.yaml" if out is None else Path(out)

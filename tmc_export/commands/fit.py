@@ -4,19 +4,9 @@ from __future__ import annotations
 
 import click
 
+from tmc_export.commands._share import share
+
 __all__ = ["command"]
-
-
-def _share(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
-    """`40%` → 0.4."""
-    if value is None:
-        return None
-    try:
-        if value.strip().endswith("%"):
-            return float(value.strip()[:-1]) / 100
-    except ValueError:
-        pass
-    raise click.BadParameter(f"{value!r} is no share; write a percentage such as 40%")
 
 
 @click.command()
@@ -33,7 +23,7 @@ def _share(ctx: click.Context, param: click.Parameter, value: str | None) -> flo
 @click.option("--entry", type=int, metavar="N", help="Which entry of compress, from 0; only needed where several can be fitted.")
 @click.option(
     "--flops",
-    callback=_share,
+    callback=share,
     metavar="SHARE",
     help="Goal: the share of the decoder layers' operations in a full prefill that stays, such as 40%.",
 )

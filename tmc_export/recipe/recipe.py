@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 from types import MappingProxyType
 from typing import Annotated, Literal
@@ -281,6 +281,11 @@ class Recipe(_Strict):
     def with_build_memory(self, size_gib: float) -> Recipe:
         """Return the same recipe with `target.build_memory_gib` named."""
         return self.model_copy(update={"target": self.target.model_copy(update={"build_memory_gib": size_gib})})
+
+    def with_keep(self, keep: Mapping[str, Sequence[str]]) -> Recipe:
+        """Return the same recipe with other words in the `keep` of some parts of `quantize`."""
+        parts = {part: getattr(self.quantize, part).model_copy(update={"keep": tuple(words)}) for part, words in keep.items()}
+        return self.model_copy(update={"quantize": self.quantize.model_copy(update=parts)})
 
     def weights_file(self, entry: int) -> FilePath | None:
         """Return the file that `compress.<entry>.weights` names (it need not exist), found as a model folder is; None without one."""

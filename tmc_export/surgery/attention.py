@@ -20,6 +20,7 @@ from torch import Tensor
 from tmc_export.core.errors import ExportError
 from tmc_export.graphs._contract import Attention, Need
 from tmc_export.surgery._sums import add_rows, by_need
+from tmc_export.surgery.replay import round_slots
 
 __all__ = [
     "IMPLEMENTATION",
@@ -140,6 +141,7 @@ def static_attention(
         raise ExportError(f"attention with softcap={options['softcap']} is not served")
     layer = int(module.layer_idx)
     query = query * (module.head_dim**-0.5 if scaling is None else scaling)
+    key, value = round_slots(layer, key, value)
     state.keys[layer], state.values[layer] = key, value
     if (rows := state.wanted.get(layer)) is not None:
         if rows == "last" and state.last is not None:

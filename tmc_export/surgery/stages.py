@@ -15,6 +15,7 @@ from tmc_export.core.errors import ExportError
 from tmc_export.graphs import METHODS
 from tmc_export.graphs._contract import Attention, Compressed, Context, Need, TextTower
 from tmc_export.plan.types import StagePlan, TowerPlan
+from tmc_export.surgery.replay import choose
 
 __all__ = ["attention_scores", "gather_rows", "join_heads", "move_source", "run_stage", "text_inputs", "texts_by_need"]
 
@@ -73,7 +74,7 @@ def run_stage(plan: StagePlan, tokens: Tensor, context: Context) -> Compressed:
         ExportError: the method returns other counts than its layout promises.
     """
     method = METHODS.get(plan.method)
-    result = method.apply(plan.stage, tokens, context, plan.config)
+    result = choose(plan, tokens, lambda: method.apply(plan.stage, tokens, context, plan.config))
     batch, wanted = tokens.shape[0], plan.after.tokens
     shapes: Mapping[str, tuple[Any, Any]] = {
         "tokens": (tuple(result.tokens.shape), (batch, wanted, plan.after.width)),
