@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from tmc_export.core.errors import RecipeError
-from tmc_export.recipe import load_recipe
+from tmc_export.recipe import load_recipe, rewrite
 from tmc_export.recipe.recipe import Recipe
-from tmc_export.recipe.rewrite import write_fitted
+from tmc_export.recipe.rewrite import write_fitted, write_kept
 
 TEXT = """\
 # the first line
@@ -99,3 +99,39 @@ def test_an_entry_with_other_options_keeps_its_line(recipe: Path) -> None:
     assert other.compress[1].options == {"delete": [0, 9]} and other.compress[1].at == "decoder.2"
     assert other.compress[0] == whole.compress[0] and other.compress[2] == whole.compress[2]
     assert other.origin(("compress", 1)) == whole.origin(("compress", 1))
+
+
+QUANTIZED = TEXT.replace(
+    "target: {",
+    "quantize:\n  encoder: {weights: int8, activations: int8}  # all of it\n"
+    "  decoder:\n    weights: int8  # by hand\n    keep: [layers.0]\n"
+    "  calibration: {images: pictures, prompts: asked.jsonl}\ntarget: {",
+)
+
+
+def test_words_are_kept_where_there_were_some_and_where_there_were_none(recipe: Path) -> None:
+    recipe.write_text(QUANTIZED, "utf-8")
+    out = recipe.with_name("out.yaml")
+    write_kept(load_recipe(recipe), {"decoder": ["layers.0", "layers.2"], "encoder": ["fc1"]}, out)
+    wanted = QUANTIZED.replace("[layers.0]", "[layers.0, layers.2]").replace("activations: int8}  #", "activations: int8, keep: [fc1]} #")
+    assert out.read_text("utf-8") == wanted
+
+
+def test_calibration_data_are_the_same_files_from_elsewhere(recipe: Path, tmp_path: Path) -> None:
+    recipe.write_text(QUANTIZED, "utf-8")
+    other = tmp_path / "b" / "c"
+    other.mkdir(parents=True)
+    write_kept(load_recipe(recipe), {"decoder": ["layers.1"]}, other / "out.yaml")
+    calibration = load_recipe(other / "out.yaml").quantize.calibration
+    assert calibration is not None and (calibration.images, calibration.prompts) == ("../../a/pictures", "../../a/asked.jsonl")
+
+
+def test_a_copy_that_keeps_something_else_is_not_written(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written is read back; the twin of the tests that it is right."""
+    recipe.write_text(QUANTIZED, "utf-8")
+    monkeypatch.setattr(rewrite, "_changed", lambda *_: QUANTIZED)
+    with pytest.raises(
+        RecipeError, match=r"would say something else than was fitted; write quantize\.decoder\.keep: \[layers\.1\] by hand"
+    ):
+        write_kept(load_recipe(recipe), {"decoder": ["layers.1"]}, recipe.with_name("out.yaml"))
+    assert not recipe.with_name("out.yaml").exists()
