@@ -6,7 +6,8 @@ tiny-llava, SmolLM2-135M behind a random tower, and the random 0.36B decoder of 
 
 - SQNR of each subgraph, fed with what the model itself gives it: the least over its graphs, outputs and five made-up conversations;
 - of questions about pictures: KL divergence of the first token (nats), how often the best token is the same, kept tokens that are the
-  same, answers of 8 tokens that changed;
+  same, answers of 8 tokens that changed; for methods that select the same changes again, simulated (as `tmc-export quantize` does),
+  with every choice held as it is in fp32;
 - bytes of `onnx/`, and the times of a prefill and of a token, as a share of fp32's: processes that take turns, `--rounds` of them; 0: the
   times are not run.
 
@@ -38,6 +39,8 @@ from benchmarks.schemes_accuracy import SCHEMES, code_digest, wants_data  # noqa
 PLANS = ("none", "visionzip", "fastv", "pool")
 TOKENS = 8
 """Of an answer."""
+HELD = 24
+"""Questions that are asked with choices held, at most."""
 
 
 @dataclass(frozen=True)
@@ -155,15 +158,15 @@ class Bench:
             child_memory([sys.executable, "-m", "benchmarks._build", str(path), str(out)])
         return out
 
-    def _data(self) -> dict[str, Any]:
-        """Write what calibration sees; returns the recipe's `calibration`."""
+    def _data(self, name: str = "seen") -> dict[str, Any]:
+        """Write what is `asked`, or what calibration has `seen`; returns the recipe's `calibration`."""
         from PIL import Image
 
-        folder = self.base / f"{self.name}-data"
+        folder = self.base / f"{self.name}-{name}"
         folder.mkdir(exist_ok=True)
         asked = self.model.questions()
         lines = []
-        for number, (image, question) in enumerate(asked[len(asked) // 2 :]):
+        for number, (image, question) in enumerate(asked[: len(asked) // 2] if name == "asked" else asked[len(asked) // 2 :]):
             Image.fromarray(image).save(folder / f"{number}.png")
             lines.append(json.dumps({"prompt": question, "images": [f"{number}.png"]}))
         (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
@@ -190,9 +193,26 @@ class Bench:
         asked = self.model.questions()
         found = ask(bundle, asked[: len(asked) // 2], threads=None, accuracy=1, tokens=TOKENS)
         size = sum(p.stat().st_size for p in (bundle / "onnx").iterdir())
-        return {**found, "bytes": size, "sqnr": {} if scheme == "fp32" else self._sqnr(bundle, plan, scheme)}
+        if scheme == "fp32":
+            return {**found, "bytes": size}
+        return {**found, "bytes": size, "sqnr": self._sqnr(bundle, plan), "simulated": self._simulated(bundle, plan)}
 
-    def _sqnr(self, bundle: Path, plan: str, scheme: str) -> dict[str, float | None]:
+    def _simulated(self, bundle: Path, plan: str) -> dict[str, Any] | None:
+        """Answers that changed, selections free and held; None where nothing is selected."""
+        from tmc_export.api.calibration_data import read_samples
+        from tmc_export.api.measuring import effect_of
+        from tmc_export.api.sensitivity import open_bench
+        from tmc_export.graphs import METHODS
+
+        if not any(METHODS.get(entry["method"]).mechanism != "transform" for entry in self.model.compress[plan]):
+            return None
+        asked = self._data("asked")
+        samples = read_samples(Path(asked["prompts"]), Path(asked["images"]), HELD, 1)
+        with open_bench(bundle.with_suffix(".json"), samples, tokens=TOKENS) as bench:
+            free, held = bench.measuring.both(bench.everything(), answers=True)
+        return {"questions": len(samples), "free": effect_of(free).changed, "held": None if held is None else effect_of(held).changed}
+
+    def _sqnr(self, bundle: Path, plan: str) -> dict[str, float | None]:
         """Subgraph → its least SQNR in dB; None where a selection inside of it is another, so that rows are not comparable."""
         from tmc_export.bundle.read import open_manifest
         from tmc_export.verify.ladder import precision_of_manifest, traced_cases
@@ -230,12 +250,13 @@ def figure(mine: dict[str, Any], base: dict[str, Any]) -> str:
     kept = overlap(mine, base)
     changed = sum(a != b for a, b in zip(mine["texts"], base["texts"], strict=True))
     noise = ", ".join(f"{name} {'another selection' if dB is None else f'{dB:.0f}'}" for name, dB in mine["sqnr"].items() if dB != 999.0)
-    times = mine["times"]
+    times, simulated = mine["times"], mine["simulated"]
+    held = f" (simulated, of {simulated['questions']}: {simulated['free']}, choices held {simulated['held']})" if simulated else ""
     took = f"prefill {times['prefill_ms']['median']:.2f}, token {times['token_ms']['median']:.2f} of fp32's" if times else "times: not run"
     return (
         f"SQNR {noise or 'all equal'} dB; KL {kl:.2g}, best token the same {same:.0%}; "
         + ("" if kept is None else f"kept {kept:.1%}; ")
-        + f"{changed} of {len(mine['texts'])} answers changed; {mine['bytes'] / base['bytes']:.2f} of the bytes; {took}"
+        + f"{changed} of {len(mine['texts'])} answers changed{held}; {mine['bytes'] / base['bytes']:.2f} of the bytes; {took}"
     )
 
 
