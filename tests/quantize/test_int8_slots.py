@@ -315,6 +315,39 @@ def test_why_fp8_slots_are_refused() -> None:
         assert "tensor(int8)" in types and "tensor(float8e4m3fn)" not in types
 
 
+def test_tensorrt_rtx_itself_takes_fp8_slots(tmp_path: Path) -> None:
+    """What is missing is not its: it parses the Concat that ONNX does not have, and widens the codes in kernels of attention."""
+    pytest.importorskip("tensorrt_rtx", reason="needs the extra [rtx]")
+    from onnx import TensorProto, helper
+
+    from tmc_export.engine import EngineOptions, build_engine
+    from tmc_export.engine.options import Profile
+
+    half, code, g, p, t, d = TensorProto.FLOAT16, TensorProto.FLOAT8E4M3FN, 2, 48, 8, 16
+    nodes = [
+        helper.make_node("QuantizeLinear", ["new", "scale", "zero"], ["present"], axis=1),
+        helper.make_node("Concat", ["past", "present"], ["codes"], axis=2),
+        helper.make_node("DequantizeLinear", ["codes", "scale"], ["keys"], axis=1),
+        helper.make_node("Transpose", ["keys"], ["turned"], perm=[0, 1, 3, 2]),
+        helper.make_node("MatMul", ["query", "turned"], ["scores"]),
+    ]
+    inputs = [("past", code, p), ("new", half, t), ("query", half, t)]
+    graph = helper.make_graph(
+        nodes, "slots", [helper.make_tensor_value_info(n, kind, [1, g, rows, d]) for n, kind, rows in inputs],
+        [helper.make_tensor_value_info("scores", half, [1, g, t, p + t]), helper.make_tensor_value_info("present", code, [1, g, t, d])],
+        [helper.make_tensor("scale", half, [g], [0.02] * g), helper.make_tensor("zero", code, [g], [0.0] * g)],
+    )  # fmt: skip
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", TRACED)], ir_version=10), tmp_path / "slots.onnx")
+
+    def build(capability: str) -> int:
+        options, out = EngineOptions(capabilities=(capability,)), tmp_path / "slots.engine"
+        return build_engine(tmp_path / "slots.onnx", (Profile("static"),), out, options, precision="float16").size
+
+    assert build("SM89") > 0
+    with pytest.raises(ExportError, match="cannot build it"):
+        build("SM86")
+
+
 def test_scales_that_are_missing_or_odd_are_refused(folder: Path, scales: Scales) -> None:
     path = recipe(folder, "odd")
 

@@ -70,7 +70,7 @@ def test_what_plan_refuses_does_not_build(scheme: str, capability: str, engine: 
         engine(scheme, capability, "block_0")
 
 
-@pytest.mark.parametrize(("scheme", "capability"), [("int8", "SM86"), ("nvfp4", "SM120")])
+@pytest.mark.parametrize(("scheme", "capability"), [("int8", "SM86"), pytest.param("nvfp4", "SM120", marks=pytest.mark.slow)])
 def test_weights_alone_are_not_counted(scheme: str, capability: str, engine: Engine) -> None:
     """The negative twin: without activations the builder's products widen the weights."""
     report = engine(scheme, capability, "block_0", activations=False)

@@ -63,7 +63,9 @@ class _NotBuilt:
     says: str
 
 
-_FP8_SLOTS = "{value} slots are not built yet: ONNX's Concat and ScatterND, which fill slots, take no fp8; write weights: int8"
+_FP8_SLOTS = (
+    "{value} slots are not built yet: ONNX's Concat and ScatterND, which fill slots, take no fp8; write weights: int8, of the same size"
+)
 
 NOT_BUILT = (
     _NotBuilt("weights", lambda part, s: part == "kv" and s.weights == "fp8", _FP8_SLOTS),
