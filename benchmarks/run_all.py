@@ -16,6 +16,7 @@ NAMES = (
     "llava7b_export",
     "llava7b_engines",
     "engine_sizes",
+    "engine_matrix",
     "accuracy",
     "parity",
     "slot_scales",

@@ -1,18 +1,16 @@
-"""What the benchmarks say of the methods holds without a run."""
+"""What the benchmarks say of methods and schemes holds without a run."""
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import pytest
 
-from benchmarks._answers import divergence, overlap
 from benchmarks._selector import Entry
 from benchmarks._selector_cases import CASES, LARGE, PATCHES
-from benchmarks.schemes_accuracy import SCHEMES, wants_data
+from benchmarks.engine_matrix import CARDS, LAYERS, PHASES, SCHEMES, row_of
 from tmc_export.graphs import METHODS
-from tmc_export.plan.quantization import needs_calibration
-from tmc_export.recipe import QuantizePart
+from tmc_export.recipe._schemes import BUILT
 
 SELECTING = ("similarity", "attention")
 
@@ -36,18 +34,36 @@ def test_about_a_quarter_stays_and_the_layers_say_so(name: str, size: int) -> No
     assert layers[-1] == pytest.approx(last * size, abs=0.01 * size)
 
 
-def test_answers_are_compared() -> None:
-    base = {"first": [[math.log(0.5), math.log(0.5)], [math.log(0.9), math.log(0.1)]], "kept": [[[1, 2], []], [[3, 4], []]]}
-    other = {"first": [[math.log(0.5), math.log(0.5)], [math.log(0.1), math.log(0.9)]], "kept": [[[2, 1], []], [[3, 9], []]]}
-    assert divergence(base, base) == (0.0, 1.0) and overlap(base, base) == 1.0
-    kl, same = divergence(other, base)
-    assert kl == pytest.approx(0.8 * math.log(9) / 2) and same == 0.5
-    assert overlap(other, base) == 0.75 and overlap({"kept": [[]]}, {"kept": [[]]}) is None
+def test_the_matrix_of_engines_has_every_scheme() -> None:
+    parts = [part for scheme in SCHEMES.values() for part in scheme.parts.values()]
+    assert {part["weights"] for part in parts} == set(BUILT)
+    assert {part["activations"] for part in parts if "activations" in part} == {"int8", "fp8", "nvfp4"}
+    assert {part["algorithm"] for part in parts if "algorithm" in part} == {"awq", "gptq"}
+    assert {f"SM{number.replace('.', '')}" for _, number in CARDS.values()} == set(CARDS) == {"SM86", "SM89", "SM120"}
 
 
-def test_only_schemes_that_need_data_get_some() -> None:
-    wanting = {name for name, quantize in SCHEMES.items() if wants_data(quantize)}
-    assert wanting == {"int8-w8a8", "int8-w8a8-smooth", "fp8-w8a8", "int4-awq", "int4-gptq", "int8-slots"}
-    assert all(
-        not needs_calibration(part, QuantizePart(**scheme)) for name in set(SCHEMES) - wanting for part, scheme in SCHEMES[name].items()
-    )
+def engine(**other: Any) -> dict[str, Any]:
+    """What is measured of an engine that meets every bound."""
+    kernels = PHASES * LAYERS * 4
+    return {
+        "scheme": "nvfp4 w4a4", "card": "SM120", "block_weights_bytes": {"block_0": 100}, "readers": kernels, "products": kernels,
+        "fused_attention": PHASES * LAYERS, "engines": {"block_0": {"bytes": 105, "seconds": 1.0, "peak_rss": 1 << 30}}, **other,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "worse",
+    [
+        {"engines": {"block_0": {"bytes": 200, "seconds": 1.0, "peak_rss": 1 << 30}}},  # weights stored twice
+        {"readers": PHASES * LAYERS * 4 - 1},
+        {"products": PHASES * LAYERS * 4 - 1},
+        {"fused_attention": PHASES * LAYERS - 1},
+    ],
+)
+def test_the_matrix_judges_each_of_its_figures(worse: dict[str, Any]) -> None:
+    assert row_of(engine())["ok"] and not row_of(engine(**worse))["ok"]
+
+
+def test_the_matrix_wants_refusals_at_a_line() -> None:
+    said = {"scheme": "fp8", "card": "SM86", "refused": "fp8-SM86.yaml:6:20: fp8 does not build"}
+    assert row_of(said)["ok"] and not row_of({**said, "refused": "fp8 does not build: no line"})["ok"]
