@@ -211,6 +211,10 @@ def test_notes(write: Writer, files: ModelFiles) -> None:
     assert "opset 20, the graphs are opset 23: not run" in four and "nvfp4 on TensorRT 10.13: not run" in four
     assert "the patch embedding stays in float16" in four and "the token table stays in float16" in four
     assert "onnxruntime does not execute nvfp4" in four and "the patch embedding" not in board
+    assert "widens nvfp4 weights alone" in four
+    both = "{encoder: {weights: nvfp4, activations: nvfp4}, calibration: {images: a, prompts: b.jsonl}}"
+    codes = " | ".join(report_plan(write(quantize=both, **thor), files).notes)
+    assert "onnxruntime does not execute nvfp4" in codes and "widens" not in codes
     slow = " | ".join(report_plan(write(quantize=eight.replace("decoder: {weights: int8}", "decoder: {weights: fp8}"),
                                         target="device: cpu, runtime: onnxruntime"), files).notes)  # fmt: skip
     assert "widens fp8 of the decoder in each run" in slow and "widens int8 of the head in each run" in slow
