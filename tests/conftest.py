@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -24,12 +25,31 @@ def repository() -> Path:
 
 
 @pytest.fixture(scope="session")
-def traced_once(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Bundles whose subgraphs are traced once in a process (`tests/_traced.py`); `make test-all` traces every one."""
+def sharing_traces(request: pytest.FixtureRequest) -> Callable[[], AbstractContextManager[None]]:
+    """A context in which subgraphs that are equal are traced once in a process (`tests/_traced.py`); `make test-all` traces every one."""
     if request.config.getoption("markexpr") != "not slow":
-        yield
-        return
+        return nullcontext
     from tests._traced import traced_once
 
-    with traced_once():
+    return traced_once
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory, sharing_traces: Callable[[], AbstractContextManager[None]]) -> Path:
+    """The smallest complete bundle, for all that look at one: `model`, `recipe.yaml` and `bundle`, which nobody changes."""
+    pytest.importorskip("torch")
+    from tests._tiny import save_tiny_model, tmc, write_recipe
+
+    folder = tmp_path_factory.mktemp("tiny")
+    save_tiny_model(folder / "model")
+    with sharing_traces():
+        ran = tmc("build", write_recipe(folder), "-o", folder / "bundle", "-q")
+    assert ran.code == 0, ran.err
+    return folder
+
+
+@pytest.fixture(scope="module")
+def traced_once(sharing_traces: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """The same for what a file's tests build; what the whole session shares enters the context itself."""
+    with sharing_traces():
         yield

@@ -25,6 +25,8 @@ from tmc_export.core.errors import RecipeError  # noqa: E402
 from tmc_export.quantize.histogram import Histogram  # noqa: E402
 from tmc_export.runtime.session import Session  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 QUESTIONS = ("what is at c4", "how many circles", "what is the color of the shape at a1", "is there a digit")
 SAMPLE = Sample("what is the color of the shape", (PICTURE,), "x:1")
 

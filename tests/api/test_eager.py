@@ -29,6 +29,8 @@ from tmc_export.recipe import load_recipe  # noqa: E402
 from tmc_export.runtime._backend import BackendOptions  # noqa: E402
 from tmc_export.runtime.session import Session  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 ROOT = Path(__file__).parents[2]
 MODEL, PICTURE = ROOT / "examples" / "tiny-llava", ROOT / "examples" / "pictures" / "scene-1.png"
 RECIPE = """recipe: 1

@@ -30,6 +30,8 @@ from tmc_export.runtime._backend import BackendOptions  # noqa: E402
 from tmc_export.runtime._onnxruntime import OnnxRuntimeBackend  # noqa: E402
 from tmc_export.verify.ladder import climb, recorded_ladder  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 TINY_LLAVA = Path(__file__).parents[2] / "examples" / "tiny-llava"
 REPLACE = "{at: projector.replace, method: learned, into: encoder, step: 2, weights: WEIGHTS}"
 RANDOM = "{random: 5}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from tests._tiny import RECIPE, tmc, write_recipe
 from tests.families._small import save_small_llava
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def equal_graphs_traced_once(traced_once: None) -> None:
     """One model in two schemes."""
 
@@ -24,20 +26,22 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def good(model: Path) -> Path:
+def good(model: Path, sharing_traces: Callable[[], AbstractContextManager[None]]) -> Path:
     """The bundle that is right; not to be changed."""
-    ran = tmc("build", write_recipe(model.parent), "-o", model.parent / "good", "-q")
+    with sharing_traces():
+        ran = tmc("build", write_recipe(model.parent), "-o", model.parent / "good", "-q")
     assert ran.code == 0, ran.err
     return model.parent / "good"
 
 
 @pytest.fixture(scope="session")
-def int4(model: Path) -> Path:
+def int4(model: Path, sharing_traces: Callable[[], AbstractContextManager[None]]) -> Path:
     """The same recipe with the decoder's linears in int4; nothing recorded."""
     (model.parent / "int4-recipe").mkdir()
     (model.parent / "int4-recipe" / "model").symlink_to(model)
     text = RECIPE.replace("quantize: {}", "quantize: {decoder: {weights: int4, block: 32}}")
-    ran = tmc("build", write_recipe(model.parent / "int4-recipe", text), "-o", model.parent / "int4", "-q", "--no-record")
+    with sharing_traces():
+        ran = tmc("build", write_recipe(model.parent / "int4-recipe", text), "-o", model.parent / "int4", "-q", "--no-record")
     assert ran.code == 0, ran.err
     return model.parent / "int4"
 

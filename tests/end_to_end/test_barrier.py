@@ -20,6 +20,8 @@ from tmc_export.verify.ladder import climb  # noqa: E402
 from tmc_export.verify.play import play  # noqa: E402
 from tmc_export.verify.record import Script  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Built]:

@@ -18,6 +18,8 @@ from tmc_export.runtime._chat import expand_image_tokens  # noqa: E402
 from tmc_export.runtime._images import load_image, prepare  # noqa: E402
 from tmc_export.verify.reference import Reference  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 STEPS = 12
 ONE, TWO = (str(EXAMPLES / "pictures" / f"scene-{n}.png") for n in (1, 2))
 Ask = tuple[tuple[str, ...], str]

@@ -21,6 +21,8 @@ from tmc_export.verify.record import answer  # noqa: E402
 from tmc_export.verify.reference import Reference  # noqa: E402
 from tmc_export.verify.subgraphs import check_subgraphs  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 SUMS = (
     "{at: decoder.1, method: rows_probe, rows: text, heads: max, row_sum: true, pair: true, keep: 60%}",
     "{at: decoder.2, method: rows_probe, rows: all, heads: mean, keep: 60%}",

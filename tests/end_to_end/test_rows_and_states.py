@@ -21,6 +21,8 @@ from tmc_export.verify.record import answer  # noqa: E402
 from tmc_export.verify.reference import Reference  # noqa: E402
 from tmc_export.verify.subgraphs import check_subgraphs  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 ROWS: dict[str, tuple[str, ...]] = {
     "rows": (
         "{at: decoder.1, method: rows_probe, rows: text, heads: none, keep: 60%}",

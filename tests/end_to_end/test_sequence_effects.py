@@ -26,6 +26,8 @@ from tmc_export.verify import _decode, _sequence  # noqa: E402
 from tmc_export.verify.ladder import climb  # noqa: E402
 from tmc_export.verify.play import play  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 EFFECTS: dict[str, tuple[str, ...]] = {
     "none-left": ("{at: decoder.2, method: test_nothing}",),
     "fastv-then-none": ("{at: decoder.1, method: fastv, keep: 50%}", "{at: decoder.3, method: test_nothing}"),

@@ -34,6 +34,8 @@ from tmc_export.verify.recorded import read_cases  # noqa: E402
 from tmc_export.verify.reference import Reference  # noqa: E402
 from tmc_export.verify.tolerances import tolerance  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 TRIM = "{at: encoder, method: trim, keep: 25%, tower: TOWER, width: 24, weights: {file: clip/model.safetensors}}"
 VID = "{at: projector.replace, method: llama_vid, grid: 4, tower: TOWER, tower_width: 24, weights: {random: 3}}"
 PICTURES = [EXAMPLES / "pictures" / f"scene-{n}.png" for n in (1, 2)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import warnings
 from collections.abc import Callable, Mapping
@@ -30,6 +31,7 @@ class _Module(torch.nn.Module):
         return tuple(out[name] + 0 if out[name].dtype != torch.bool else out[name] for name in sorted(out))
 
 
+@functools.cache
 def sources() -> str:
     """Hash of everything an export depends on but its inputs: the methods, the adapters, the exporter."""
     digest = hashlib.sha256(torch.__version__.encode() + onnx.__version__.encode())

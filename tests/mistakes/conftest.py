@@ -1,4 +1,4 @@
-"""One model and one bundle for the whole folder; tests copy what they damage."""
+"""The smallest bundle for the whole folder; tests copy what they damage."""
 
 from __future__ import annotations
 
@@ -7,26 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from tests._tiny import save_tiny_model, tmc, write_recipe
+from tests._tiny import write_recipe
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def equal_graphs_traced_once(traced_once: None) -> None:
     """One model for the whole folder: its graphs are traced once."""
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+def model(tiny: Path) -> Path:
+    return tiny / "model"
 
 
 @pytest.fixture(scope="session")
-def built(model: Path) -> Path:
+def built(tiny: Path) -> Path:
     """The bundle that all share; not to be changed."""
-    bundle = model.parent / "bundle"
-    ran = tmc("build", write_recipe(model.parent), "-o", bundle, "-q")
-    assert ran.code == 0, ran.err
-    return bundle
+    return tiny / "bundle"
 
 
 @pytest.fixture

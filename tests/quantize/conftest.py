@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ target: {target}
 Build = Callable[..., Path]
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def equal_graphs_traced_once(traced_once: None) -> None:
     """One model in many schemes: its graphs are traced once."""
 
@@ -35,14 +36,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def build(model: Path) -> Build:
+def build(model: Path, sharing_traces: Callable[[], AbstractContextManager[None]]) -> Build:
     """`build(name, quantize="decoder: {weights: int4, block: 32}", dtype="float32", target=…)` → the bundle's folder, without engines."""
     from tmc_export.api.bundling import build_bundle
 
     def make(name: str, quantize: str = "", dtype: str = "float32", target: str = "{device: cpu, runtime: onnxruntime}") -> Path:
         recipe = model.parent / f"{name}.yaml"
         recipe.write_text(RECIPE.format(quantize=quantize, dtype=dtype, target=target), "utf-8")
-        return build_bundle(recipe, model.parent / name, record=False, engines=False).folder
+        with sharing_traces():
+            return build_bundle(recipe, model.parent / name, record=False, engines=False).folder
 
     return make
 

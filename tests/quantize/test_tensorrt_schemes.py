@@ -35,8 +35,12 @@ def built_for(*capabilities: str) -> str:
 @pytest.fixture(scope="module")
 def engine(build: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., EngineReport]:
     made: dict[str, Path] = {}
+    reports: dict[tuple[str, tuple[str, ...], str], EngineReport] = {}
 
     def make(scheme: str, capabilities: tuple[str, ...], name: str = "block_0") -> EngineReport:
+        key = scheme, capabilities, name
+        if key in reports:
+            return reports[key]
         if scheme not in made:
             block = ", block: 32" if scheme == "int4" else ""
             parts = [
@@ -49,10 +53,11 @@ def engine(build: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory)
             made[scheme] = build(f"rtx_{scheme}", quantize, dtype=dtype, target=built_for(scheme))
         (spec,) = (s for s in json.loads((made[scheme] / "engines/profiles.json").read_text())["subgraphs"] if s["name"] == name)
         out = tmp_path_factory.mktemp("engine") / f"{name}.engine"
-        return build_engine(
+        reports[key] = build_engine(
             made[scheme] / spec["onnx"], profiles_from(spec["profiles"]), out, EngineOptions(capabilities=capabilities),
             precision=spec["precision"],
         )  # fmt: skip
+        return reports[key]
 
     return make
 

@@ -24,6 +24,8 @@ from tmc_export.runtime._device import DeviceSlots, DeviceTensor  # noqa: E402
 from tmc_export.runtime._engine_graph import EngineGraph  # noqa: E402
 from tmc_export.runtime.session import Session  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:

@@ -20,6 +20,8 @@ from tmc_export.core.errors import BundleError, MissingExtraError, ResourceError
 from tmc_export.runtime._backend import BackendOptions, open_backend
 from tmc_export.runtime._tensorrt import TensorRTBackend
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 FILE = "onnx/vision_0.onnx"
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests._tiny import save_tiny_model, tmc, write_recipe
+from tests._tiny import tmc
 from tmc_export.bundle.read import open_manifest
 from tmc_export.bundle.write import seal
 from tmc_export.core.errors import BundleError, ModelError, ParityError
@@ -29,16 +29,13 @@ from tmc_export.verify.tolerances import tolerance  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("ladder") / "model")
+def checkpoint(tiny: Path) -> Path:
+    return tiny / "model"
 
 
 @pytest.fixture(scope="module")
-def built(checkpoint: Path) -> Path:
-    bundle = checkpoint.parent / "bundle"
-    ran = tmc("build", write_recipe(checkpoint.parent), "-o", bundle, "-q")
-    assert ran.code == 0, ran.err
-    return bundle
+def built(tiny: Path) -> Path:
+    return tiny / "bundle"
 
 
 @pytest.fixture

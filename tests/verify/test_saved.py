@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests._tiny import RECIPE, listing, save_tiny_model, tmc, write_recipe
+from tests._tiny import RECIPE, listing, tmc, write_recipe
 from tmc_export.bundle.read import open_manifest
 from tmc_export.bundle.write import seal
 from tmc_export.core.errors import ParityError, RuntimeInputError
@@ -29,18 +29,14 @@ Change = Callable[[dict[str, np.ndarray]], object]
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("saved")
-    save_tiny_model(folder / "model")
-    ran = tmc("build", write_recipe(folder), "-o", folder / "bundle", "-q")
-    assert ran.code == 0, ran.err
-    return folder / "bundle"
+def built(tiny: Path) -> Path:
+    return tiny / "bundle"
 
 
 @pytest.fixture(scope="module")
-def played(built: Path) -> Path:
+def played(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the runtime saved; not to be changed."""
-    path = built.parent / "from_device.npz"
+    path = tmp_path_factory.mktemp("saved") / "from_device.npz"
     ran = tmc("replay", built, "-o", path)
     assert ran.code == 0, ran.err
     assert str(path) in ran.out and "playing one, whole ..." in ran.err and "playing one, in chunks ..." in ran.err
