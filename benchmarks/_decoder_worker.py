@@ -1,6 +1,6 @@
 """Times the decoder of one bundle in a process of its own: whole prompts, token table included, then single tokens.
 
-    python -m benchmarks._decoder_worker BUNDLE --prefills 3 --tokens 32 --accuracy 4
+    python -m benchmarks._decoder_worker BUNDLE --prefills 3 --tokens 32 --accuracy 4 [--tight | --no-tight]
 
 Prints one JSON object: `prefill_ms` and `token_ms` (every run), `prompt_tokens`, `peak_rss_mib`. Imports no torch.
 """
@@ -27,8 +27,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=0)
     parser.add_argument("--accuracy", type=int, default=4)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--tight", action=argparse.BooleanOptionalAction, help="memory_tight; as the bundle says when absent")
     options = parser.parse_args()
     program = open_manifest(options.bundle).program
+    if options.tight is not None:
+        program = program.model_copy(update={"memory_tight": options.tight})
     backend = open_backend("onnxruntime", options.bundle, options_for(program, options.threads, options.accuracy))
     decoder = Decoder(program, backend)
     decoder.graphs()

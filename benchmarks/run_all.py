@@ -15,6 +15,7 @@ NAMES = (
     "genai_compare",
     "llava7b_export",
     "llava7b_engines",
+    "memory_tight",
     "engine_sizes",
     "engine_matrix",
     "accuracy",

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tmc_export.core.errors import BundleError, RuntimeInputError
+from tmc_export.runtime._backend import options_for
 from tmc_export.runtime._sampling import Sampler
 from tmc_export.runtime.session import Answer, Session, load
 
@@ -59,6 +60,14 @@ def test_one_picture_of_two_and_two(session: Session) -> None:
     assert [len(p) for p in one.kept["1.0"]] == [49, 0] and [len(p) for p in two.kept["1.0"]] == [49, 49]
     assert one.kept["1.0"][0] == tuple(sorted(one.kept["1.0"][0])) and max(two.kept["1.0"][1]) < 196
     assert session.generate((), QUESTION).visual_tokens == ()
+
+
+def test_where_memory_is_tight_the_answers_are_the_same(session: Session) -> None:
+    program = session.program.model_copy(update={"memory_tight": True})
+    tight = Session(session.folder, session.manifest.model_copy(update={"program": program}), "onnxruntime", options_for(program, 1))
+    for images, question in ((PICTURES[:1], QUESTION), ((), "what is at b2"), (PICTURES[1:], QUESTION)):
+        mine, theirs = tight.turn(images, question), session.turn(images, question)
+        assert (mine.tokens, mine.kept, mine.visual_tokens) == (theirs.tokens, theirs.kept, theirs.visual_tokens)
 
 
 def test_the_same_question_gives_the_same_answer_whatever_was_asked_before(session: Session) -> None:

@@ -12,12 +12,12 @@ from pathlib import Path, PurePosixPath
 
 from tmc_export.core.errors import BundleError
 
-__all__ = ["GraphFacts", "GraphInput", "read_graph", "with_plain_locations"]
+__all__ = ["ExternalTensor", "GraphFacts", "GraphInput", "external_tensors", "read_graph", "with_plain_locations"]
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _MODEL_GRAPH, _MODEL_OPSET = 7, 8
 _GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT = 1, 5, 11
-_TENSOR_NAME, _TENSOR_EXTERNAL = 8, 13
+_TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_EXTERNAL = 1, 2, 8, 13
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,26 @@ class GraphFacts:
     inputs: tuple[GraphInput, ...]
     locations: tuple[str, ...]
     bytes: int
+
+
+@dataclass(frozen=True)
+class ExternalTensor:
+    """A weight that lies in another file.
+
+    Attributes:
+        name: of the initializer.
+        type: ONNX's number of its element type; 1 is float32.
+        dims: its shape.
+        location: the file, as written in the graph.
+        offset, length: bytes in that file.
+    """
+
+    name: str
+    type: int
+    dims: tuple[int, ...]
+    location: str
+    offset: int
+    length: int
 
 
 @dataclass(frozen=True)
@@ -166,6 +186,42 @@ def read_graph(path: Path) -> GraphFacts:
     if not facts.opset or not facts.operators:
         raise BundleError(f"'{path}' is no ONNX model: it names no operator set and no operator; build the bundle again")
     return facts
+
+
+def _external(tensor: memoryview) -> ExternalTensor | None:
+    entries = {_text(entry, 1): _text(entry, 2) for entry in _bodies(tensor, _TENSOR_EXTERNAL)}
+    if "location" not in entries:
+        return None
+    dims: list[int] = []
+    kind = 0
+    for item in _fields(tensor):
+        if item.number == _TENSOR_TYPE:
+            kind = item.value
+        elif item.number == _TENSOR_DIMS and item.wire == _VARINT:
+            dims.append(item.value)
+        elif item.number == _TENSOR_DIMS:  # packed
+            at = item.body
+            while at < item.end:
+                value, at = _varint(tensor, at)
+                dims.append(value)
+    offset, length = int(entries.get("offset", "0")), int(entries.get("length", "0"))
+    return ExternalTensor(_text(tensor, _TENSOR_NAME), kind, tuple(dims), entries["location"], offset, length)
+
+
+def external_tensors(path: Path) -> tuple[ExternalTensor, ...]:
+    """Read which weights of an ONNX file lie in other files, and where; they are not touched.
+
+    Raises:
+        BundleError: the file is missing, empty or no ONNX model.
+    """
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as data:
+            found = [_external(t) for graph in _bodies(data, _MODEL_GRAPH) for t in _bodies(graph, _GRAPH_INITIALIZER)]
+    except (OSError, ValueError) as error:
+        raise BundleError(f"cannot read the graph '{path}': {error}; build the bundle again") from error
+    except IndexError as error:
+        raise BundleError(f"'{path}' is no ONNX model, or it is cut short ({error}); build the bundle again") from error
+    return tuple(tensor for tensor in found if tensor is not None)
 
 
 def _encode(value: int) -> bytes:

@@ -1,8 +1,9 @@
 """Memory of a plan on its device while it runs; `plan.building` has what building its engines takes.
 
-onnxruntime keeps a packed copy of a block's weights per session, and one session per phase: three copies. `memory_tight` (no packing)
-leaves float32 weights in the file's pages, which the sessions share. Measured (1.31, CPU, three sessions): 778 MiB for 256 of float32, 2
-beside the file's 256 under `memory_tight`; 779 for 128 of float16, which every session turns into float32, under `memory_tight` too.
+onnxruntime keeps a packed copy of a block's weights per session, and one session per phase: three copies. Measured (1.31, CPU, three
+sessions): 778 MiB for 256 of float32, 779 for 128 of float16, which every session turns into float32. Under `memory_tight` float32 weights
+stay in the file's pages, which are mapped once; sessions with other weights take turns, one phase at a time, and while one is made its
+block's part of the file is there besides. `benchmarks/memory_tight.py` measures it.
 TensorRT engines of decode width 1 store the weights twice (measured on a 60 MB fp16 block: 122 MB; assumed for int4), of width 2 once.
 """
 
@@ -18,7 +19,7 @@ from tmc_export.plan.rows import ROW_BLOCK, handed_rows
 from tmc_export.plan.types import BlockPlan, CutPlan, Plan, TowerPlan, VisionPlan
 from tmc_export.recipe import Device, Recipe
 
-__all__ = ["GIB", "Room", "RunMemory", "brought", "check_run_memory", "codes_of", "gib", "room_of", "run_memory", "tight_helps"]
+__all__ = ["GIB", "Room", "RunMemory", "brought", "check_run_memory", "codes_of", "gib", "room_of", "run_memory", "shared_in_place"]
 
 GIB = 2**30
 _RESERVE_SHARED, _RESERVE_SHARE, _RESERVE_OWN = 1 * GIB, 0.06, GIB // 2
@@ -92,9 +93,11 @@ def room_of(device: Device, runtime: str) -> Room | None:
 def run_memory(plan: Plan, runtime: str, memory_tight: bool = False) -> RunMemory:
     """Reckon what a loaded bundle takes when every graph has run once."""
     ort = runtime == "onnxruntime"
-    copies = (1 if memory_tight and tight_helps(plan) else 3) if ort else (2 if plan.decode_width == 1 else 1)
+    copies = (1 if memory_tight else 3) if ort else (2 if plan.decode_width == 1 else 1)
+    turns = ort and memory_tight and not shared_in_place(plan)
     unpacked = 2 if ort and plan.dtype != "float32" else 1  # the CPU provider computes float16 in float32
     blocks = sum(_packed(plan, block, unpacked) for block in plan.blocks)
+    loading = max(block_bytes(plan, block) for block in plan.blocks) if turns else 0
     others = len(plan.vision) * vision_bytes(plan) + sum(cut_bytes(plan, i) for i in range(len(plan.cuts)))
     others += sum(tower_bytes(plan, t) for t in plan.towers)
     acts = sum(vision_activations(plan, v, ort) for v in plan.vision) + sum(_cut_activations(plan, c) for c in plan.cuts)
@@ -104,12 +107,12 @@ def run_memory(plan: Plan, runtime: str, memory_tight: bool = False) -> RunMemor
         phases = [
             block_activations(plan, block, t, p, ort) for t, p in ((block.tokens, 0), (plan.chunk, block.capacity), (width, block.capacity))
         ]
-        acts += sum(phases) if ort else max(phases)
-    weights = copies * blocks + unpacked * others + embed_bytes(plan)
+        acts += sum(phases) if ort and not turns else max(phases)
+    weights = copies * blocks + loading + unpacked * others + embed_bytes(plan)
     return RunMemory(weights, sum(kv_bytes(plan, b) for b in plan.blocks), plan.batch * acts, copies)
 
 
-def tight_helps(plan: Plan) -> bool:
+def shared_in_place(plan: Plan) -> bool:
     """Whether onnxruntime's sessions can share the decoder's weights: only as they are in the file, which is in float32."""
     return plan.dtype == "float32" and "decoder" not in plan.quantize
 
@@ -195,7 +198,7 @@ def check_run_memory(plan: Plan, recipe: Recipe, room: Room, device: Device) -> 
     if found.total <= room.free:
         return found
     helps = []
-    if recipe.target.runtime == "onnxruntime" and not recipe.target.memory_tight and tight_helps(plan):
+    if recipe.target.runtime == "onnxruntime" and not recipe.target.memory_tight:
         helps.append("set target.memory_tight: true")
     if recipe.target.runtime != "onnxruntime" and plan.decode_width == 1:
         helps.append("set target.decode_width: 2, which stores the weights once")

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from tmc_export.plan._weights import patch_kernel
 from tmc_export.plan.building import build_memory, built_on_device
-from tmc_export.plan.memory import Room, gib, run_memory, tight_helps
+from tmc_export.plan.memory import Room, gib, run_memory, shared_in_place
 from tmc_export.plan.stored import stored_notes
 from tmc_export.plan.types import Plan, QuantizePlan
 from tmc_export.recipe import Device, Recipe
@@ -50,8 +50,11 @@ def notes_of(recipe: Recipe, plan: Plan, device: Device, room: Room | None) -> t
         found += _on_device(recipe, plan, device, room)
     if recipe.target.memory_tight and runtime != "onnxruntime":
         found.append("memory_tight has no effect on TensorRT engines: one engine serves all phases")
-    elif recipe.target.memory_tight and not tight_helps(plan):
-        found.append("memory_tight shares only float32 weights between onnxruntime's sessions; float16 and int4 are copied in each")
+    elif recipe.target.memory_tight and not shared_in_place(plan):
+        found.append(
+            "memory_tight shares only float32 weights between onnxruntime's sessions; others are held by one phase at a time, and loaded "
+            "again when a turn begins and when its answer does"
+        )
     if recipe.target.build_memory_gib is not None and runtime == "onnxruntime":
         found.append("build_memory_gib has no effect with onnxruntime, for which no engine is built")
     if "decode_width" in recipe.target.model_fields_set and runtime == "onnxruntime":

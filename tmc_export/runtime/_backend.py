@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -146,7 +146,9 @@ class BackendOptions:
         threads: threads inside an operator; None: the runtime's choice.
         int4_accuracy: how onnxruntime multiplies int4 and int8 weights. 4: activations are rounded to int8 for each product, which is
             fast; 1: they stay float, which is what a device computes.
-        memory_tight: keep one copy of the weights, mapped from the file, instead of a packed copy per phase; slower.
+        memory_tight: keep one copy of the weights instead of a packed one per phase; slower. Float32 weights stay in the file, which is
+            mapped once for all sessions; of graphs with other weights, those of one phase are loaded at a time.
+        phases: files of decoder graphs → their phase; read under `memory_tight`.
         spin: files of graphs whose threads wait for the next run awake. Faster where one graph follows itself, as decode steps of a single
             block do; a graph that others follow would take the cores from them for a while.
         host: files of graphs that run on the CPU with every backend: the token table.
@@ -162,6 +164,7 @@ class BackendOptions:
     spin: frozenset[str] = frozenset()
     host: frozenset[str] = frozenset()
     provider: str = "cpu"
+    phases: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.int4_accuracy not in (1, 4):
@@ -181,7 +184,8 @@ def options_for(program: Program, threads: int | None = None, int4_accuracy: int
     alone = program.blocks[0].phases["decode"].file if len(program.blocks) == 1 else None
     spin = frozenset() if alone is None else frozenset({alone})
     host = frozenset(phase.file for phase in program.embed.values())
-    return BackendOptions(threads, int4_accuracy, program.memory_tight, spin, host, provider)
+    phases = {phase.file: name for block in program.blocks for name, phase in block.phases.items()}
+    return BackendOptions(threads, int4_accuracy, program.memory_tight, spin, host, provider, phases)
 
 
 def _one_of(names: Collection[str]) -> str:

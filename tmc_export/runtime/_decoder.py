@@ -104,7 +104,9 @@ class Decoder:
         return min(s.block.capacity - s.used for s in self.slots)
 
     def graphs(self, phases: tuple[Literal["prefill", "chunk", "decode"], ...] = ("prefill", "decode")) -> None:
-        """Load graphs ahead of their first use."""
+        """Load graphs ahead of their first use; where memory is tight they are loaded at it, because phases may take turns in it."""
+        if self.program.memory_tight:
+            return
         for phase in phases:
             self._backend.graph(self.program.embed[phase].file)
             for block in self.program.blocks:

@@ -14,6 +14,7 @@ from tmc_export.bundle.read import path_in
 from tmc_export.core.errors import BundleError, ResourceError, RuntimeInputError
 from tmc_export.runtime._backend import PROVIDERS, BackendOptions, Held, Outputs
 from tmc_export.runtime._host import HostMemory
+from tmc_export.runtime._mapped import MappedWeights
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -28,8 +29,17 @@ _FILLED = "slots."
 
 
 class _OrtGraph:
-    def __init__(self, session: ort.InferenceSession, file: str) -> None:
-        self._session, self._file = session, file
+    """A session.
+
+    Args:
+        session: the session.
+        file: its file below the bundle, for messages.
+        weights: what the session reads in place, which must live as long.
+        copies: it holds weights of its own.
+    """
+
+    def __init__(self, session: ort.InferenceSession, file: str, weights: Sequence[ort.OrtValue] = (), copies: bool = False) -> None:
+        self._session, self._file, self._weights, self.copies = session, file, weights, copies
         self.inputs = tuple(i.name for i in session.get_inputs())
         outputs = [o.name for o in session.get_outputs()]
         self._outputs = [name for name in outputs if not name.startswith(_FILLED)]
@@ -150,6 +160,7 @@ class OnnxRuntimeBackend(HostMemory):
                 "install an onnxruntime that has it, such as onnxruntime-gpu, or use --provider cpu"
             )
         self._graphs: dict[str, _OrtGraph] = {}
+        self._mapped = MappedWeights()
 
     def graph(self, file: str) -> _OrtGraph:
         """Return the graph of a bundle file.
@@ -159,6 +170,7 @@ class OnnxRuntimeBackend(HostMemory):
             ResourceError: not enough memory to load it, or the provider does not start.
         """
         if file not in self._graphs:
+            self._make_room(file)
             options = ort.SessionOptions()
             options.log_severity_level = 3
             if file not in self._options.spin:
@@ -166,9 +178,8 @@ class OnnxRuntimeBackend(HostMemory):
             if self._options.threads is not None:
                 options.intra_op_num_threads = self._options.threads
             options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(self._options.int4_accuracy))
-            if self._options.memory_tight:
-                options.add_session_config_entry("session.disable_prepacking", "1")
             path = path_in(self._folder, file)
+            weights, copies = self._share(path, options)
             try:
                 session = ort.InferenceSession(str(path), options, providers=self._providers(file, options))
             except MemoryError as error:
@@ -176,8 +187,29 @@ class OnnxRuntimeBackend(HostMemory):
             except Exception as error:  # onnxruntime raises classes of its own C++ module that share no documented base
                 raise BundleError(f"onnxruntime {ort.__version__} cannot load {path}: {str(error).splitlines()[0]}{self._hint}") from error
             self._expect_provider(session, file)
-            self._graphs[file] = _OrtGraph(session, file)
+            self._graphs[file] = _OrtGraph(session, file, weights, copies)
         return self._graphs[file]
+
+    def _share(self, path: Path, options: ort.SessionOptions) -> tuple[Sequence[ort.OrtValue], bool]:
+        """Where memory is tight, let a session read its float32 weights where the file is mapped; say whether it holds others itself.
+
+        Codes are packed all the same: unpacked, onnxruntime widens them in every run (measured: 40 times the time of a token in int4).
+        """
+        if not self._options.memory_tight or self._options.provider != "cpu":
+            return (), False
+        shared = self._mapped.of(path)
+        for name, value in shared.values.items():
+            options.add_initializer(name, value)
+        if not shared.others:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        return tuple(shared.values.values()), bool(shared.others)
+
+    def _make_room(self, file: str) -> None:
+        """Where memory is tight, give back the sessions of other phases that hold weights themselves: they are loaded when needed again."""
+        phase = self._options.phases.get(file)
+        if self._options.memory_tight and phase is not None:
+            for other in [f for f, g in self._graphs.items() if g.copies and self._options.phases.get(f, phase) != phase]:
+                del self._graphs[other]
 
     def _providers(self, file: str, options: ort.SessionOptions) -> list[str]:
         """Name the providers of a session. But for the token table nothing may be left to the CPU, where it would be slow in silence."""

@@ -1,0 +1,149 @@
+"""`memory_tight`: float32 weights are mapped once for all sessions, others are held by one phase at a time; the answers stay."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper
+
+from tmc_export.core.errors import BundleError
+from tmc_export.engine._proto import external_tensors
+from tmc_export.runtime._backend import BackendOptions
+from tmc_export.runtime._mapped import MappedWeights, SharedWeights
+from tmc_export.runtime._onnxruntime import OnnxRuntimeBackend
+
+WIDTH = 768
+TOKENS = {"prefill": 5, "chunk": 2, "decode": 1}
+PHASES = {f"onnx/{phase}.onnx": phase for phase in TOKENS}
+
+
+def write(folder: Path, kind: str) -> Path:
+    """Three graphs `y = x · w + b` on one weight file: w in float32, in float16, or as int4 codes."""
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 256, WIDTH * WIDTH // 2, dtype=np.uint8)
+    weight = rng.standard_normal((WIDTH, WIDTH), dtype=np.float32)
+    parts: dict[str, tuple[int, tuple[int, ...], bytes]] = {"b": (TensorProto.FLOAT, (WIDTH,), np.arange(WIDTH, dtype="<f4").tobytes())}
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["m"]), helper.make_node("Add", ["m", "b"], ["y"])]
+    if kind == "float32":
+        parts["w"] = (TensorProto.FLOAT, (WIDTH, WIDTH), weight.tobytes())
+    elif kind == "float16":
+        parts["h"] = (TensorProto.FLOAT16, (WIDTH, WIDTH), np.repeat(weight, 2, 1)[:, :WIDTH].astype("<f2").tobytes())
+        nodes.insert(0, helper.make_node("Cast", ["h"], ["w"], to=TensorProto.FLOAT))
+    else:
+        parts["c"] = (TensorProto.INT4, (4 * WIDTH, WIDTH), codes.tobytes() * 4)
+        parts["s"] = (TensorProto.FLOAT, (4 * WIDTH // 32, WIDTH), np.full((4 * WIDTH // 32, WIDTH), 0.01, "<f4").tobytes())
+        nodes = [
+            helper.make_node("Concat", ["x", "x", "x", "x"], ["long"], axis=1),
+            helper.make_node("DequantizeLinear", ["c", "s"], ["w"], axis=0, block_size=32),
+            helper.make_node("MatMul", ["long", "w"], ["m"]),
+            nodes[1],
+        ]
+    (folder / "onnx").mkdir(parents=True)
+    tensors, data = [], b""
+    for name, (type_, dims, raw) in parts.items():
+        data += b"\0" * (-len(data) % 4096)
+        tensor = onnx.TensorProto(name=name, data_type=type_, dims=dims, data_location=TensorProto.EXTERNAL)
+        for key, value in (("location", "all.data"), ("offset", len(data)), ("length", len(raw))):
+            tensor.external_data.add(key=key, value=str(value))
+        tensors.append(tensor)
+        data += raw
+    (folder / "onnx" / "all.data").write_bytes(data)
+    for phase, count in TOKENS.items():
+        ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [count, WIDTH]) for n in ("x", "y")]
+        graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], tensors)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+        (folder / "onnx" / f"{phase}.onnx").write_bytes(model.SerializeToString())
+    return folder
+
+
+def backend(folder: Path, tight: bool) -> OnnxRuntimeBackend:
+    return OnnxRuntimeBackend(folder, BackendOptions(threads=1, int4_accuracy=1, memory_tight=tight, phases=PHASES))
+
+
+def ask(made: OnnxRuntimeBackend, phase: str) -> np.ndarray:
+    return made.graph(f"onnx/{phase}.onnx").run({"x": np.linspace(-1, 1, TOKENS[phase] * WIDTH, dtype=np.float32).reshape(-1, WIDTH)})["y"]
+
+
+def mappings(folder: Path) -> int:
+    """How often this process maps the weight file."""
+    return sum(str(folder / "onnx" / "all.data") in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "int4"])
+def test_where_weights_lie(tmp_path: Path, kind: str) -> None:
+    folder = write(tmp_path, kind)
+    found = {t.name: t for t in external_tensors(folder / "onnx" / "decode.onnx")}
+    told = onnx.load(folder / "onnx" / "decode.onnx", load_external_data=False).graph.initializer
+    assert set(found) == {t.name for t in told}
+    for tensor in told:
+        places = {e.key: e.value for e in tensor.external_data}
+        mine = found[tensor.name]
+        assert (mine.type, mine.dims, mine.location) == (tensor.data_type, tuple(tensor.dims), places["location"])
+        assert (mine.offset, mine.length) == (int(places["offset"]), int(places["length"]))
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "int4"])
+def test_the_answers_are_those_of_packed_copies(tmp_path: Path, kind: str) -> None:
+    folder = write(tmp_path, kind)
+    tight, plain = backend(folder, True), backend(folder, False)
+    for phase in ("prefill", "decode", "decode", "chunk", "prefill"):
+        np.testing.assert_allclose(ask(tight, phase), ask(plain, phase), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_float32_is_mapped_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path, "float32")
+    tight = backend(folder, True)
+    for phase in TOKENS:
+        ask(tight, phase)
+    assert mappings(folder) == 1 and set(tight._graphs) == set(PHASES), "no session is given back"
+    del tight
+    monkeypatch.setattr(MappedWeights, "of", lambda self, path: SharedWeights({}, 0))  # the twin: each session maps the file itself
+    apart = backend(folder, True)
+    for phase in TOKENS:
+        ask(apart, phase)
+    assert mappings(folder) > len(TOKENS)
+
+
+@pytest.mark.parametrize("kind", ["float16", "int4"])
+def test_other_weights_are_held_by_one_phase(tmp_path: Path, kind: str) -> None:
+    folder = write(tmp_path, kind)
+    tight, plain = backend(folder, True), backend(folder, False)
+    for phase in ("prefill", "decode", "chunk", "decode"):
+        ask(tight, phase), ask(plain, phase)
+        assert list(tight._graphs) == [f"onnx/{phase}.onnx"]
+    assert set(plain._graphs) == set(PHASES)
+
+
+def test_codes_stay_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without packing onnxruntime widens codes in every run."""
+    asked: dict[str, bool] = {}
+    right = ort.InferenceSession
+
+    def session(path: str, options: ort.SessionOptions, **named: object) -> ort.InferenceSession:
+        try:
+            asked[path] = options.get_session_config_entry("session.disable_prepacking") == "1"
+        except RuntimeError:  # onnxruntime has no entry of that name
+            asked[path] = False
+        return right(path, options, **named)
+
+    monkeypatch.setattr(ort, "InferenceSession", session)
+    for kind in ("float32", "int4"):
+        ask(backend(write(tmp_path / kind, kind), True), "decode")
+    assert [unpacked for _, unpacked in sorted(asked.items())] == [True, False]
+
+
+def test_a_weight_file_that_is_cut_short(tmp_path: Path) -> None:
+    folder = write(tmp_path, "float32")
+    data = folder / "onnx" / "all.data"
+    data.write_bytes(data.read_bytes()[:-4])
+    with pytest.raises(BundleError, match="all.data ends before the weight 'w' does; copy the bundle again"):
+        backend(folder, True).graph("onnx/decode.onnx")
+    data.unlink()
+    with pytest.raises(BundleError, match="cannot read the weight file .*all.data"):
+        backend(folder, True).graph("onnx/decode.onnx")
