@@ -147,3 +147,16 @@ def test_a_weight_file_that_is_cut_short(tmp_path: Path) -> None:
     data.unlink()
     with pytest.raises(BundleError, match="cannot read the weight file .*all.data"):
         backend(folder, True).graph("onnx/decode.onnx")
+
+
+def test_a_weight_file_outside_of_the_bundle_is_not_read(tmp_path: Path) -> None:
+    folder = write(tmp_path / "bundle", "float32")
+    (folder / "onnx" / "all.data").rename(tmp_path / "all.data")
+    graph = folder / "onnx" / "decode.onnx"
+    for outside in ("../../all.data", str(tmp_path / "all.data")):
+        model = onnx.load(graph, load_external_data=False)
+        for tensor in model.graph.initializer:
+            next(e for e in tensor.external_data if e.key == "location").value = outside
+        graph.write_bytes(model.SerializeToString())
+        with pytest.raises(BundleError, match=r"the graph decode.onnx of .*all.data', which leaves the bundle"):
+            backend(folder, True).graph("onnx/decode.onnx")

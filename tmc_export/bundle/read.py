@@ -41,15 +41,20 @@ def open_manifest(folder: Path) -> Manifest:
         raise BundleError(f"{path} is not JSON ({error}); it is damaged: build the bundle again") from error
 
 
-def path_in(folder: Path, name: str) -> Path:
+def path_in(folder: Path, name: str, what: str = "the manifest") -> Path:
     """Return the path of a bundle's file; a name that leaves the folder is refused.
+
+    Args:
+        folder: the bundle, or one in it.
+        name: below the folder.
+        what: names it, for the message.
 
     Raises:
         BundleError: the name is absolute or climbs out.
     """
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts:
-        raise BundleError(f"the manifest of {folder} names '{name}', which leaves the bundle; do not use this bundle")
+        raise BundleError(f"{what} of {folder} names '{name}', which leaves the bundle; do not use this bundle")
     return folder.joinpath(*pure.parts)
 
 

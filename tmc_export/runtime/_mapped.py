@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 
+from tmc_export.bundle.read import path_in
 from tmc_export.core.errors import BundleError
 from tmc_export.engine._proto import external_tensors
 
@@ -50,7 +51,7 @@ class MappedWeights:
         """Return the weights of a graph.
 
         Raises:
-            BundleError: the graph or a weight file is missing or cut short.
+            BundleError: the graph or a weight file is missing or cut short, or a weight file lies outside of the graph's folder.
         """
         values: dict[str, ort.OrtValue] = {}
         others = 0
@@ -58,7 +59,7 @@ class MappedWeights:
             if tensor.type != _FLOAT32 or tensor.offset % 4:
                 others += tensor.length
                 continue
-            data = self._map((graph.parent / tensor.location).resolve())
+            data = self._map(path_in(graph.parent, tensor.location, f"the graph {graph.name}"))
             end = tensor.offset + 4 * prod(tensor.dims)
             if end > data.shape[0]:
                 raise BundleError(f"{graph.parent / tensor.location} ends before the weight '{tensor.name}' does; copy the bundle again")
