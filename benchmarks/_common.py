@@ -19,7 +19,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["REPOSITORY", "alternate", "child_memory", "hardware", "median_interval", "paired", "run_json", "save", "spread", "workplace"]
+__all__ = [
+    "REPOSITORY", "RESULTS", "alternate", "child_memory", "hardware", "median_interval", "paired", "run_json", "save", "spread",
+    "workplace",
+]  # fmt: skip
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
