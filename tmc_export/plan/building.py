@@ -1,9 +1,10 @@
 """Memory while the engines of a plan are built, and the further cuts that bring it down to what the machine that builds has.
 
 The peak of a build is 2.4 times the weights of the engine plus 0.75 GiB, 3.0 times for int4. Measured with TensorRT-RTX 1.7 on a CPU
-(weights → peak, GiB): fp16 0.94 → 3.3, 2.88 → 8.2, 5.75 → 14.1; int4 4.07 → 12.8; the formula gives 3.0, 7.7, 14.6 and 13.0. TensorRT on a
-Jetson: not run, the same is assumed; so is nvfp4 beside int4, and int8 and fp8 beside fp16. The engine room refuses with the same formula
-against the memory that is free when it builds.
+(weights → peak, GiB): fp16 0.94 → 3.3, 2.88 → 8.2, 5.75 → 14.1; int4 4.07 → 12.8; the formula gives 3.0, 7.7, 14.6 and 13.0. What
+`benchmarks/llava7b_engines.py` measures is in its table beside this formula (int4 3.2 → 10.4, reckoned 10.2). TensorRT on a Jetson: not
+run, the same is assumed; so is nvfp4 beside int4, and int8 and fp8 beside fp16. The engine room refuses with the same formula against the
+memory that is free when it builds.
 
 Engines are built one after the other, so that the largest counts. A Jetson builds its own in its own memory; TensorRT-RTX engines are built
 on any machine, whose memory the recipe names (`target.build_memory_gib`), or `api` fills in.
