@@ -5,6 +5,7 @@ import pytest
 from tmc_export.core.errors import LegalityError
 from tmc_export.engine._proto import GraphFacts
 from tmc_export.engine._versions import VERSIONS, check_graph, version_for
+from tmc_export.recipe.device import Device, devices
 
 
 @pytest.mark.parametrize(
@@ -40,3 +41,23 @@ def test_operators_and_opset() -> None:
     assert check_graph("block_0", facts, version_for("10.16")) == ()
     (warning,) = check_graph("block_0", GraphFacts(21, ("MatMul",), (), (), 1), version_for("10.3"))
     assert "opset 21 is above 20" in warning
+
+
+def test_operators_of_the_newest_table_read_and_of_others() -> None:
+    (warning,) = check_graph("cut", GraphFacts(20, ("MatMul", "Unique"), (), (), 1), version_for("10.16"))
+    assert "cut: Unique: not supported by the parser of TensorRT 10.1" in warning
+    assert check_graph("block_0", GraphFacts(20, ("MatMul", "trt::TRT_FP4DynamicQuantize"), (), (), 1), version_for("10.3")) == ()
+    with pytest.raises(LegalityError, match=r"block_0: TensorRT has no com\.microsoft::GroupQueryAttention; build .* target\.runtime"):
+        check_graph("block_0", GraphFacts(20, ("MatMul", "com.microsoft::GroupQueryAttention"), (), (), 1), version_for("11.0"))
+
+
+BOARDS = [device for device in devices() if device.tensorrt.flavour == "tensorrt"]
+
+
+@pytest.mark.parametrize("device", BOARDS, ids=lambda device: device.name)
+def test_every_board_s_release_has_a_row_that_takes_its_opset(device: Device) -> None:
+    assert device.tensorrt.version is not None
+    assert device.tensorrt.opset <= version_for(device.tensorrt.version).opset
+    assert {device.tensorrt.version} <= set(device.tensorrt.releases.values())
+    for release in device.tensorrt.releases.values():
+        version_for(release)

@@ -23,6 +23,9 @@ from tests.runtime._fake_cuda import FakeDriver  # noqa: E402
 from tests.runtime._fake_tensorrt import place_engines  # noqa: E402
 from tmc_export.bundle.read import open_manifest  # noqa: E402
 from tmc_export.bundle.write import seal  # noqa: E402
+from tmc_export.engine._proto import read_graph  # noqa: E402
+from tmc_export.engine._versions import check_graph, version_for  # noqa: E402
+from tmc_export.engine.profiles import read_profiles  # noqa: E402
 from tmc_export.verify.ladder import RUNGS, climb, recorded_ladder  # noqa: E402
 from tmc_export.verify.on_device import RUNG, device_precision  # noqa: E402
 from tmc_export.verify.recorded import read_cases  # noqa: E402
@@ -107,6 +110,13 @@ def test_it_is_a_rung_of_the_whole_ladder(bundle: Path) -> None:
     with device(FakeDriver()):
         ladder = climb(bundle, bundle.parent / "model", steps=2, backend="tensorrt-rtx")
     assert [r.name for r in ladder.rungs] == list(RUNGS) and ladder.rungs[-1].status == "passed", ladder.text()
+
+
+@pytest.mark.parametrize("release", ["10.3", "10.13", "10.16", "11.4"])
+def test_the_engines_graphs_hold_no_operator_that_a_board_s_tensorrt_lacks(bundle: Path, release: str) -> None:
+    graphs = [bundle / subgraph.onnx for subgraph in read_profiles(bundle)]
+    warnings = [w for graph in graphs for w in check_graph(graph.stem, read_graph(graph), version_for(release))]
+    assert len(graphs) == 4 and all("opset" in w for w in warnings)
 
 
 # -------------------------------------------------------------------------------------------------------------- not run

@@ -12,6 +12,17 @@ __all__ = ["VERSIONS", "TensorRTVersion", "check_graph", "parse_version", "versi
 
 _ONNX_23 = frozenset({"Attention", "RMSNormalization", "RotaryEmbedding", "Swish", "TensorScatter"})
 
+_MARKED_UNSUPPORTED = frozenset(
+    "AffineGrid Bernoulli BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor BlackmanWindow CenterCropPad Col2Im Compress "
+    "ConcatFromSequence ConvInteger DFT Det DynamicQuantizeLinear HammingWindow HannWindow ImageDecoder MatMulInteger MaxRoiPool "
+    "MaxUnpool MelWeightMatrix Multinomial NegativeLogLikelihoodLoss Optional OptionalGetElement OptionalHasElement QLinearConv "
+    "QLinearMatMul RegexFullMatch STFT SequenceAt SequenceConstruct SequenceEmpty SequenceErase SequenceInsert SequenceLength "
+    "SequenceMap SoftmaxCrossEntropyLoss SplitToSequence StringConcat StringNormalizer StringSplit TfIdfVectorizer Unique".split()
+)
+"""Marked N in docs/operators.md of onnx/onnx-tensorrt@96e78110 (10.1 GA), the newest table that was read; later releases may take some."""
+_DOMAINS = ("trt",)
+"""Domains besides ONNX's own whose operators TensorRT's parser knows."""
+
 
 @dataclass(frozen=True)
 class TensorRTVersion:
@@ -79,7 +90,7 @@ def check_graph(name: str, facts: GraphFacts, row: TensorRTVersion) -> tuple[str
     """Return warnings for one graph on one TensorRT.
 
     Raises:
-        LegalityError: the graph holds an operator that this parser lacks.
+        LegalityError: the graph holds an operator that this parser lacks, or one of onnxruntime's own.
     """
     lacking = sorted(row.decompose.intersection(facts.operators))
     if lacking:
@@ -87,6 +98,18 @@ def check_graph(name: str, facts: GraphFacts, row: TensorRTVersion) -> tuple[str
             f"{name}: TensorRT {row.name} (JetPack {row.jetpack}) has no {', '.join(lacking)}; "
             "build the bundle for this device, so that these operators are decomposed, or update JetPack"
         )
+    if foreign := [op for op in facts.operators if "::" in op and op.partition("::")[0] not in _DOMAINS]:
+        raise LegalityError(
+            f"{name}: TensorRT has no {', '.join(foreign)}; build the bundle with target.runtime: tensorrt, for which no such operator "
+            "is written"
+        )
+    found = []
+    if marked := sorted(_MARKED_UNSUPPORTED.intersection(facts.operators)):
+        found.append(
+            f"{name}: {', '.join(marked)}: not supported by the parser of TensorRT 10.1, whose table is the newest read; the device decides"
+        )
     if facts.opset > row.opset:
-        return (f"{name}: opset {facts.opset} is above {row.opset}, the highest taken as safe for TensorRT {row.name}; the device decides",)
-    return ()
+        found.append(
+            f"{name}: opset {facts.opset} is above {row.opset}, the highest taken as safe for TensorRT {row.name}; the device decides"
+        )
+    return tuple(found)
