@@ -27,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks._common import REPOSITORY, save, workplace
 from benchmarks._models import CLIP_LARGE_336, VICUNA_7B, write_llava
 from benchmarks._tree import run_json_in_tree
-from benchmarks.engine_sizes import weights_read
 from tmc_export.core.errors import LegalityError
 from tmc_export.engine.bundle import read_engines
 from tmc_export.plan.make import device_settings, report_plan
@@ -69,6 +68,8 @@ def _planned(bundle: Path) -> dict[str, Any]:
 
 def _engines(bundle: Path) -> list[dict[str, Any]]:
     """Size, weights, and peak of the building process: as it was, and as the plan reckoned it."""
+    from benchmarks.engine_sizes import weights_read
+
     graphs = {p["name"]: bundle / p["onnx"] for p in json.loads((bundle / "engines" / "profiles.json").read_text("utf-8"))["subgraphs"]}
     reckoned = {e["name"]: e["peak"] for e in _planned(bundle)["memory"]["build"]}
     found = []
