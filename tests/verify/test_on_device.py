@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from tests._tiny import Ran, save_tiny_model, tmc, write_recipe  # noqa: E402
+from tests._tiny import Ran, tmc  # noqa: E402
 from tests.runtime import _fake_tensorrt  # noqa: E402
 from tests.runtime._device import device  # noqa: E402
 from tests.runtime._fake_cuda import FakeDriver  # noqa: E402
@@ -33,13 +33,11 @@ from tmc_export.verify.tolerances import TOLERANCES  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recorded bundle whose engine files name their ONNX graphs."""
+def bundle(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recorded bundle whose engine files name their ONNX graphs; its checkpoint beside it."""
     folder = tmp_path_factory.mktemp("on_device")
-    save_tiny_model(folder / "model")
-    ran = tmc("build", write_recipe(folder), "-o", folder / "bundle", "-q")
-    assert ran.code == 0, ran.err
-    place_engines(folder / "bundle")
+    (folder / "model").symlink_to(tiny / "model")
+    place_engines(Path(shutil.copytree(tiny / "bundle", folder / "bundle")))
     return folder / "bundle"
 
 
