@@ -19,11 +19,14 @@ from tests.families._small import save_small_llava  # noqa: E402
 from tmc_export.api import budget, sensitivity  # noqa: E402
 from tmc_export.api.budget import allowed_changes, fewest  # noqa: E402
 from tmc_export.api.measuring import effect_of  # noqa: E402
+from tmc_export.api.score_inputs import score_inputs  # noqa: E402
 from tmc_export.api.sensitivity import Bench, explain, measure, open_bench  # noqa: E402
+from tmc_export.api.simulation import Simulation  # noqa: E402
 from tmc_export.api.units import units_of  # noqa: E402
 from tmc_export.core.errors import LegalityError, RecipeError  # noqa: E402
 from tmc_export.plan.make import make_plan  # noqa: E402
 from tmc_export.quantize._weights import is_kept  # noqa: E402
+from tmc_export.quantize.calibrated import Calibrated  # noqa: E402
 from tmc_export.recipe import load_recipe  # noqa: E402
 
 TEXT = """recipe: 1
@@ -145,8 +148,8 @@ def test_measure_and_explain_say_the_same_of_everything(home: Path, bench: Bench
 ])  # fmt: skip
 def test_projections_that_keep_pins_are_told(keep: str, says: str, home: Path, bench: Bench) -> None:
     plan, _ = make_plan(load_recipe(home / "recipe.yaml").with_keep({"decoder": [keep]}), bench._model.files)
-    simulation = sensitivity.Simulation(plan, bench._model.eager, sensitivity.calibrate(plan, bench.recipe, [], *[None] * 5, eager=None))  # type: ignore[arg-type, misc]
-    assert says in sensitivity.score_inputs(plan, simulation)[0].state
+    simulation = Simulation(plan, bench._model.eager, Calibrated())
+    assert says in score_inputs(plan, simulation)[0].state
 
 
 # ------------------------------------------------------------------------------------------------------------- the command

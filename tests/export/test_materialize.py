@@ -72,3 +72,27 @@ def test_what_does_not_fit_is_read_again() -> None:
         first, second = empty(x), empty(x)
     torch.testing.assert_close(first, second)
     assert len(source.reads) > 6
+
+
+class Patches(nn.Module):
+    """Reads the kernel of a convolution as a matrix, as Qwen's encoder does."""
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.proj = kind(4, 8, 1) if kind is nn.Conv2d else kind(4, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.proj.weight.flatten(1))
+
+
+def test_a_kernel_is_there_for_who_reads_it_without_running_the_convolution() -> None:
+    for kind in (nn.Conv2d, nn.Linear):
+        with torch.device("meta"):
+            empty = Patches(kind)
+        source = Source(empty)
+        with materialized(empty, names(empty), WeightCache(source, torch.float32, 1 << 20)), torch.no_grad():
+            x = torch.randn(3, 4)
+            got, want = empty(x), x @ source.state()["proj.weight"].flatten(1).T
+            right = not got.is_meta and torch.allclose(got, want, atol=1e-5)
+        assert right == (kind is nn.Conv2d)  # the twin: other modules have theirs while they run themselves
+        assert all(p.is_meta for p in empty.parameters())

@@ -48,6 +48,8 @@ class WeightCache:
 def materialized(module: nn.Module, names: Mapping[int, str], cache: WeightCache) -> Iterator[None]:
     """While active, every submodule has its weights while it runs, and lies on the meta device otherwise.
 
+    Convolutions have theirs while the whole module runs: a patch embedding's kernel is read as a matrix, the convolution itself never runs.
+
     Args:
         module: what will run.
         names: identity (`id`) of a parameter → its name in the cache's source; others must be real.
@@ -65,8 +67,9 @@ def materialized(module: nn.Module, names: Mapping[int, str], cache: WeightCache
     for part in module.modules():
         own = {n: p for n, p in part._parameters.items() if p is not None and p.is_meta and id(p) in names}
         if own:
-            handles.append(part.register_forward_pre_hook(lambda m, _, own=own: fill(m, own)))
-            handles.append(part.register_forward_hook(lambda m, _, __, own=own: empty(m, own), always_call=True))
+            runs = module if isinstance(part, (nn.Conv2d, nn.Conv3d)) else part
+            handles.append(runs.register_forward_pre_hook(lambda _, __, part=part, own=own: fill(part, own)))
+            handles.append(runs.register_forward_hook(lambda _, __, ___, part=part, own=own: empty(part, own), always_call=True))
     try:
         yield
     finally:
