@@ -215,6 +215,15 @@ def test_notes(write: Writer, files: ModelFiles) -> None:
     both = "{encoder: {weights: nvfp4, activations: nvfp4}, calibration: {images: a, prompts: b.jsonl}}"
     codes = " | ".join(report_plan(write(quantize=both, **thor), files).notes)
     assert "onnxruntime does not execute nvfp4" in codes and "widens" not in codes
+    rtx = {
+        "model": "dtype: float32",
+        "target": "device: rtx-5090, runtime: tensorrt-rtx",
+        "inputs": "images: 1, text_tokens: 8, new_tokens: 8",
+    }
+    for name in ("fp16", "bf16"):
+        found = " | ".join(report_plan(write(quantize=f"{{encoder: {{weights: {name}}}}}", **rtx), files).notes)
+        assert f"widens {name} weights as it builds" in found
+    assert "as it builds" not in four
     slow = " | ".join(report_plan(write(quantize=eight.replace("decoder: {weights: int8}", "decoder: {weights: fp8}"),
                                         target="device: cpu, runtime: onnxruntime"), files).notes)  # fmt: skip
     assert "widens fp8 of the decoder in each run" in slow and "widens int8 of the head in each run" in slow

@@ -110,5 +110,7 @@ def test_the_head_builds(scheme: str, engine: Callable[..., EngineReport]) -> No
 
 
 @pytest.mark.parametrize("scheme", ["fp16", "bf16"])
-def test_floating_point_schemes_build(scheme: str, engine: Callable[..., EngineReport]) -> None:
-    assert engine(scheme, ("SM80",)).size > 0
+def test_floating_point_schemes_build_and_are_stored_as_float32(scheme: str, engine: Callable[..., EngineReport]) -> None:
+    report = engine(scheme, ("SM80",))
+    constants = {kind for layer in report.layers for kind in layer.constants}
+    assert report.size > 0 and "Float" in constants and SEES[scheme] not in constants, constants

@@ -142,6 +142,8 @@ def _scheme_notes(recipe: Recipe, plan: Plan) -> list[str]:
         slow += ["int8 slots"] if kv is not None and kv.weights == "int8" and (plan.dtype != "float32" or any(plan.windows)) else []
         found += [f"onnxruntime widens {what} in each run, which is slow" for what in slow]
     else:
+        short = [name for name in ("fp16", "bf16") if plan.dtype == "float32" and name in schemes]
+        found += [f"TensorRT-RTX widens {name} weights as it builds: beside float32 its engines hold float32" for name in short]
         if any(plan.quantize[part].activations is None for part in schemes.get("nvfp4", ())):
             found.append("TensorRT-RTX widens nvfp4 weights alone before each product: they are small, and read no faster than float16")
         if "nvfp4" in schemes:
