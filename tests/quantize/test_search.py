@@ -52,7 +52,8 @@ def test_awq_s_ranges_are_the_best_of_the_grid_block_by_block() -> None:
     draw = np.random.default_rng(0)
     rows = draw.standard_normal((40, 64)).astype(np.float32) * np.where(np.arange(64) % 7, 1, 8).astype(np.float32)
     weight = draw.standard_t(3, (64, 6)).astype(np.float32)
-    codes, scales = awq_blocks(rows, weight, 32)
+    products = np.stack([rows[:, part].T @ rows[:, part] for part in (slice(0, 32), slice(32, 64))])
+    codes, scales = awq_blocks(products, weight)
     assert codes.dtype == np.int8 and codes.shape == (64, 6) and scales.shape == (2, 6)
     better = 0
     for part, at in ((slice(0, 32), 0), (slice(32, 64), 1)):
@@ -65,7 +66,7 @@ def test_awq_s_ranges_are_the_best_of_the_grid_block_by_block() -> None:
             assert mine == pytest.approx(min(lost), rel=1e-3)
             better += mine < 0.99 * lost[0]
     assert better > 6  # the whole range is rarely the best
-    np.testing.assert_array_equal(awq_blocks(rows, np.zeros((64, 2), np.float32), 32)[0], 0)
+    np.testing.assert_array_equal(awq_blocks(products, np.zeros((64, 2), np.float32))[0], 0)
 
 
 def test_rows_are_a_fair_sample_and_the_same_every_time() -> None:

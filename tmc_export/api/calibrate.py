@@ -81,7 +81,8 @@ def calibrate(
         rows = _ROWS if any(s.algorithm == "awq" for s in schemes.values()) else 0
         heads: SlotsSeen = {}
         with observed_slots(eager.backend, heads) if _slots(plan) else nullcontext():
-            seen = observe(session, samples, wanted, progress, rows=rows)
+            blocks = {name: scheme.block for name, scheme in schemes.items() if scheme.algorithm == "awq"}
+            seen = observe(session, samples, wanted, progress, rows=rows, blocks=blocks)
         divisors = _divisors(seen, schemes, eager, progress)
         codes = _awq_codes(seen, divisors, schemes, eager, progress, place)
         smooth = {name: divisors[name] for name, scheme in schemes.items() if scheme.activations is not None and name in divisors}
@@ -140,9 +141,11 @@ def _awq_codes(
     for number, names in enumerate(groups, 1):
         progress(f"awq ranges {number}/{len(groups)}")
         divisor = divisors[names[0]]
-        rows = seen.rows[names[0]].rows / divisor
+        products = seen.blocks[names[0]].numpy()
+        parts = divisor.reshape(len(products), -1)
+        products = products / (parts[:, :, None] * parts[:, None, :])
         for name in names:
-            pair = awq_blocks(rows, eager.weight(name).numpy().T * divisor[:, None], schemes[name].block)
+            pair = awq_blocks(products, eager.weight(name).numpy().T * divisor[:, None])
             found[name] = _spilled(place / f"awq-{len(found)}.npy", *pair)
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,11 +34,13 @@ class Seen:
         inputs: name of a linear's weight → its input; linears that read one input have one entry, the same object.
         rows: the same, some of its rows; empty unless asked for.
         products: name → `[K, K]` float32, its input's channels times each other, summed over the rows; of those asked for.
+        blocks: name → `[K / block, block, block]` float32, the same of the channels of each block alone.
     """
 
     inputs: dict[str, Histogram] = field(default_factory=dict)
     rows: dict[str, RowSample] = field(default_factory=dict)
     products: dict[str, Tensor] = field(default_factory=dict)
+    blocks: dict[str, Tensor] = field(default_factory=dict)
 
     def groups(self) -> list[tuple[str, ...]]:
         """Names that read one input, together, in the order in which they ran."""
@@ -55,6 +58,7 @@ def observe(
     divisors: Mapping[str, Array] | None = None,
     rows: int = 0,
     products: Collection[str] = (),
+    blocks: Mapping[str, int] = MappingProxyType({}),
 ) -> Seen:
     """Answer every sample and remember what the linears got.
 
@@ -66,6 +70,7 @@ def observe(
         divisors: name → `[K]`, which a linear's input is divided by before it is looked at.
         rows: of every input that are kept.
         products: names of the linears whose input's channels are multiplied with each other.
+        blocks: name → input channels of a block, of the linears that `Seen.blocks` are wanted of.
 
     Returns:
         What the inputs were. Rows of padding do not count, nor what a compress graph runs besides: its products are not quantized. A
@@ -75,7 +80,7 @@ def observe(
         RecipeError: a sample does not fit the bundle, or an input is not finite; names the sample.
     """
     found = Seen()
-    with observed(wanted, found, divisors or {}, rows, products):
+    with observed(wanted, found, divisors or {}, rows, products, blocks):
         for number, sample in enumerate(samples, 1):
             progress(f"calibrate {number}/{len(samples)}")
             try:
@@ -87,7 +92,12 @@ def observe(
 
 @contextmanager
 def observed(
-    wanted: Mapping[str, nn.Linear], found: Seen, divisors: Mapping[str, Array], keep: int = 0, products: Collection[str] = ()
+    wanted: Mapping[str, nn.Linear],
+    found: Seen,
+    divisors: Mapping[str, Array],
+    keep: int = 0,
+    products: Collection[str] = (),
+    blocks: Mapping[str, int] = MappingProxyType({}),
 ) -> Iterator[None]:
     """While active, add the inputs of linears to `found`."""
     last: list[tuple[Tensor, str]] = []  # the input that was looked at last, held so that no other tensor takes its place in memory
@@ -101,6 +111,8 @@ def observed(
             found.inputs.setdefault(name, found.inputs[leader])
             if keep:
                 found.rows.setdefault(name, found.rows[leader])
+            if name in blocks:
+                found.blocks.setdefault(name, found.blocks[leader])
             return
         last[:] = [(rows, name)]
         valid = running_rows()
@@ -118,6 +130,9 @@ def observed(
         if name in products:
             piece = torch.from_numpy(flat)
             found.products.setdefault(name, torch.zeros(flat.shape[1], flat.shape[1])).addmm_(piece.T, piece)
+        if name in blocks:
+            parts = torch.from_numpy(flat).reshape(len(flat), -1, blocks[name]).permute(1, 2, 0)
+            found.blocks.setdefault(name, torch.zeros(len(parts), blocks[name], blocks[name])).baddbmm_(parts, parts.transpose(1, 2))
 
     handles = [linear.register_forward_pre_hook(lambda m, given, n=name: look(n, m, given)) for name, linear in wanted.items()]
     try:

@@ -70,26 +70,24 @@ def _loss(rows: Array, matrices: Sequence[Array], divisor: Array, block: int) ->
     return total
 
 
-def awq_blocks(rows: Array, weight: Array, block: int) -> tuple[Array, Array]:
+def awq_blocks(products: Array, weight: Array) -> tuple[Array, Array]:
     """Quantize a matrix, each block with the range whose products differ least.
 
     Args:
-        rows: float32 `[n, K]`, some of the input, divided.
-        weight: float32 `[K, N]`, multiplied; K a multiple of `block`.
-        block: input channels that share a scale.
+        products: float32 `[K / block, block, block]`, channels of a block of the divided input times each other, summed over its rows.
+        weight: float32 `[K, N]`, multiplied.
 
     Returns:
         int8 codes `[K, N]` in [-8, 7] and float32 scales `[K / block, N]`.
     """
-    count, columns = weight.shape[0] // block, weight.shape[1]
+    count, block, columns = len(products), products.shape[1], weight.shape[1]
     codes, scales = np.empty((count, block, columns), np.int8), np.empty((count, columns), np.float32)
     step = max(1, _SLAB // block)
     for number in range(count):
         part = slice(number * block, (number + 1) * block)
-        products = rows[:, part].T @ rows[:, part]
         for start in range(0, columns, step):
             piece = slice(start, start + step)
-            codes[number, :, piece], scales[number, piece] = _best_range(products, weight[part, piece].astype(np.float32))
+            codes[number, :, piece], scales[number, piece] = _best_range(products[number], weight[part, piece].astype(np.float32))
     return codes.reshape(weight.shape), scales
 
 
