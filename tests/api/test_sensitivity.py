@@ -152,6 +152,13 @@ def test_projections_that_keep_pins_are_told(keep: str, says: str, home: Path, b
     assert says in score_inputs(plan, simulation)[0].state
 
 
+def test_a_matrix_that_is_no_weight_of_the_checkpoint_is_not_left_out_in_silence(bench: Bench) -> None:
+    eager = bench._model.eager
+    reads = {file: [*found, *[replace(r, name="val_4") for r in found[:1]]] for file, found in eager.reads.items()}
+    with pytest.raises(RecipeError, match=r"quantize\.\w+: a graph multiplies with 'val_4'.* not measured yet"):
+        Simulation(bench.plan, replace(eager, reads=reads), Calibrated())
+
+
 # ------------------------------------------------------------------------------------------------------------- the command
 def test_the_table(home: Path, once: None) -> None:
     ran = tmc("quantize", home / "recipe.yaml", "--explain", *given(home), "--samples", 2)

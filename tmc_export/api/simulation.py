@@ -79,7 +79,7 @@ class Simulation:
         weights: what it reads weights with, per file.
 
     Raises:
-        RecipeError: calibration did not reach a linear whose input has codes.
+        RecipeError: calibration did not reach a linear whose input has codes, or a graph's matrix is no weight of the checkpoint.
     """
 
     def __init__(self, plan: Plan, eager: EagerProgram, found: Calibrated) -> None:
@@ -132,8 +132,15 @@ class Simulation:
             yield
 
     def _check(self) -> None:
-        """Refuse what a build would refuse: nothing is left out in silence."""
+        """Refuse what a build would refuse, and what cannot be rounded here: nothing is left out in silence."""
+        used = [names for file, (names, _) in self._eager.weights.items() if self._eager.reads.get(file)]
+        known = {self._eager.identity(name) for names in used for name in names.values()}
         for target in self.targets.values():
+            if target.name not in known:
+                raise RecipeError(
+                    f"quantize.{target.part}: a graph multiplies with '{target.name}', made of a weight when it is traced; what its "
+                    f"rounding does is not measured yet; measure a copy of the recipe without quantize.{target.part}"
+                )
             needs_clip = target.scheme.activations is not None and target.product and target.name not in self._found.clips
             if needs_clip or (target.scheme.algorithm == "gptq" and target.name not in self._found.codes):
                 raise RecipeError(
