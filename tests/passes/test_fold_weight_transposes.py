@@ -44,3 +44,22 @@ def test_a_transpose_of_activations_is_refused() -> None:
     model = graph("(float[3, 4] x) => (float[2, 3] y) { t = Transpose<perm = [1, 0]>(x)  y = MatMul(w, t) }", w=W)
     assert not FoldWeightTransposesPass()(model).modified
     assert operators(model) == ["Transpose", "MatMul"]
+
+
+def test_a_kernel_that_is_read_as_a_matrix() -> None:
+    kernel = np.random.default_rng(2).normal(size=(5, 2, 2, 1)).astype(np.float32)
+    text = "(float[3, 4] x) => (float[3, 5] y) { r = Reshape(w, sizes)  t = Transpose<perm = [1, 0]>(r)  y = MatMul(x, t) }"
+    joined = text.replace("{ r", "{ a = Constant<value_ints = [5]>()  b = Constant<value_ints = [-1]>()  sizes = Concat<axis = 0>(a, b)  r")
+    models = [graph(text, w=kernel, sizes=np.array(sizes)) for sizes in ([5, -1], [5, 4], [-1, 4])]
+    for model in [*models, graph(joined, w=kernel)]:
+        assert FoldWeightTransposesPass()(model).modified
+        assert [o for o in operators(model) if o not in ("Constant", "Concat")] == ["MatMul"]
+        assert model.graph.initializers["w.as_matrix.transposed_10"].shape == (4, 5)
+        np.testing.assert_allclose(run(model, {"x": X})[0], X @ kernel.reshape(5, 4).T, rtol=1e-5)
+        assert np.abs(run(model, {"x": X})[0] - X @ kernel.reshape(4, 5)).max() > 0.1
+
+
+def test_a_reshape_of_activations_or_to_other_ranks_stays() -> None:
+    text = "(float[3, 4] x) => (float[3, 2, 2] y) { r = Reshape(w, sizes)  a = Reshape(x, sizes)  y = Add(a, r) }"
+    model = graph(text, w=np.ones((3, 1, 4), np.float32), sizes=np.array([3, 2, 2]))
+    assert not FoldWeightTransposesPass()(model).modified

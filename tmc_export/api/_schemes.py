@@ -111,7 +111,8 @@ class PartSchemes:
         layers = set(local)
         _check_stored(plan, checkpoint, local)
         self._packed = {matrix.name: matrix for matrix in checkpoint.packed.values()}
-        matrices = [name for name, shape in checkpoint.shapes.items() if len(shape) == 2]
+        matrices = [name for name, shape in checkpoint.shapes.items() if len(shape) >= 2]
+        self._kernels = {checkpoint.identity(name) for name, shape in checkpoint.shapes.items() if len(shape) > 2}
         for part, scheme in self._plan.items():
             names = [checkpoint.identity(n) for n in matrices if (n in layers) == (part == "decoder")]
             check_keep(part, scheme.keep, names)
@@ -133,7 +134,7 @@ class PartSchemes:
             if part not in self._plan:
                 continue
             scheme = self._plan[part]
-            products = _products(model, scheme, belongs)
+            products = [p for p in _products(model, scheme, belongs) if p.name not in self._kernels]  # a patch embedding's input stays
             divide_inputs(model, products, self._found.divisors)
             try:
                 if scheme.stored is not None:

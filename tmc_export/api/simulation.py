@@ -141,7 +141,8 @@ class Simulation:
                     f"quantize.{target.part}: a graph multiplies with '{target.name}', made of a weight when it is traced; what its "
                     f"rounding does is not measured yet; measure a copy of the recipe without quantize.{target.part}"
                 )
-            needs_clip = target.scheme.activations is not None and target.product and target.name not in self._found.clips
+            product = target.product and target.name in self._eager.linears  # the input of a patch embedding stays
+            needs_clip = target.scheme.activations is not None and product and target.name not in self._found.clips
             if needs_clip or (target.scheme.algorithm == "gptq" and target.name not in self._found.codes):
                 raise RecipeError(
                     f"quantize.calibration: no sample reached '{target.name}', so that its codes are not known; give samples that use it "
