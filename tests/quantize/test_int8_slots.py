@@ -20,6 +20,7 @@ pytest.importorskip("torch")
 from tests._tiny import RECIPE, TEXT_ONLY  # noqa: E402
 from tests.families._small import save_small_llava  # noqa: E402
 from tests.quantize._slots import KV, TEXT_KV, Scales, build_coded, peaks  # noqa: E402
+from tmc_export.api._slot_codes import slot_codes
 from tmc_export.bundle.program import Program, SlotCodes  # noqa: E402
 from tmc_export.bundle.read import open_manifest  # noqa: E402
 from tmc_export.core.errors import BundleError, ExportError, LegalityError  # noqa: E402
@@ -364,7 +365,7 @@ def test_scales_that_are_missing_or_odd_are_refused(folder: Path, scales: Scales
         with pytest.raises(ExportError, match=r"'0\.key' has the scales .*; 2 finite numbers above 0 are needed"):
             build({**scales, "0.key": odd})
     with pytest.raises(ExportError, match="the plan's slots are no codes; leave them out"):
-        build_coded(recipe(folder, "none", quantize="{}"), folder / "odd", scales)
+        slot_codes(plan_of(recipe(folder, "none", quantize="{}"), folder / "model"), scales)
     assert not (folder / "odd").exists()
 
 

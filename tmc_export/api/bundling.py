@@ -123,7 +123,7 @@ def build_bundle(
             return BuildResult(target, there, cached=True)
         work, journal = building.path, _journal(building.path, key, progress)
         found = Calibrated()
-        if samples:
+        if loaded.quantize.calibration is not None:
             found = calibrated_once(journal, lambda place: calibrate(plan, loaded, samples, files, folder, config, towers, progress, place))
         exported = export_subgraphs(
             plan,
