@@ -240,4 +240,7 @@ def test_notes(write: Writer, files: ModelFiles) -> None:
     cpu = " | ".join(report_plan(write(target="device: rtx-4090, runtime: onnxruntime, memory_tight: true"), files).notes)
     wide = " | ".join(report_plan(write(target="device: cpu, runtime: onnxruntime, decode_width: 2"), files).notes)
     assert "decode_width has no effect" in wide and "decode_width" not in cpu
-    assert "runs on the CPU of 'rtx-4090'" in cpu and "memory_tight shares only float32" in cpu and "memory is not checked here" in cpu
+    assert "runs on the CPU of 'rtx-4090'" in cpu and "turned into float32 by every run" in cpu and "memory is not checked here" in cpu
+    codes = {"quantize": int4, "model": "dtype: float32", "target": "device: cpu, runtime: onnxruntime, memory_tight: true"}
+    turns = " | ".join(report_plan(write(**codes), files).notes)
+    assert "memory_tight shares only floating-point" in turns and "by every run" not in turns and "memory_tight shares" not in cpu

@@ -15,12 +15,13 @@ from tmc_export.plan._launches import slot_bytes
 from tmc_export.plan._weights import block_bytes, embed_bytes, encoder_weights, projector_weights, weight_bytes
 from tmc_export.plan.building import build_memory, builder_of, peak_of_build
 from tmc_export.plan.make import for_this_builder, make_plan, report_plan
-from tmc_export.plan.memory import GIB, room_of, run_memory
+from tmc_export.plan.memory import GIB, room_of, run_memory, shared_in_place
 from tmc_export.plan.resolve import resolve
 from tmc_export.plan.source import read_model_files
 from tmc_export.recipe import load_device
 
 SMALL = "text_tokens: 32, new_tokens: 16"
+INT8 = "{decoder: {weights: int8}}"
 INT4 = "{decoder: {weights: int4, block: 128}}"
 NANO = "device: jetson-orin-nano-8gb, runtime: tensorrt, decode_width: 2"
 
@@ -130,12 +131,15 @@ def test_copies(write: Writer, files: ModelFiles) -> None:
     small = resolve(write(model="dtype: float32", inputs=SMALL, target="device: cpu", source=TINY), tiny)
     three, one = run_memory(small, "onnxruntime"), run_memory(small, "onnxruntime", memory_tight=True)
     decoder = sum(block_bytes(small, b) for b in small.blocks)
-    assert (three.copies, one.copies) == (3, 1) and three.weights - one.weights == 2 * decoder
+    assert (three.copies, one.copies) == (3, 1) and three.weights - one.weights == 2 * decoder + embed_bytes(small)
+    assert one.activations < three.activations  # phases do not run at once, and nothing is kept between runs
     half = resolve(write(model="dtype: float16", inputs=SMALL, target="device: cpu", source=TINY), tiny)
-    tight = run_memory(half, "onnxruntime", memory_tight=True)  # float16 becomes float32 in each session: phases take turns
-    stored = [block_bytes(half, b) for b in half.blocks]
-    assert tight.copies == 1 and tight.weights == run_memory(half, "onnxruntime").weights - 2 * 2 * sum(stored) + max(stored)
-    assert tight.activations < run_memory(half, "onnxruntime").activations
+    tight, d = run_memory(half, "onnxruntime", memory_tight=True), half.facts.decoder
+    assert tight.copies == 1 and 2 * (tight.weights - 4 * d.width * max(d.vocabulary, d.intermediate)) == one.weights
+    codes = resolve(write(model="dtype: float32", inputs=SMALL, target="device: cpu", quantize=INT8, source=TINY), tiny)
+    assert shared_in_place(small) and shared_in_place(half) and not shared_in_place(codes)
+    spared = decoder - sum(block_bytes(codes, b) for b in codes.blocks)
+    assert run_memory(codes, "onnxruntime", memory_tight=True).weights == one.weights - spared
     assert run_memory(half, "onnxruntime").weights - embed_bytes(half) == three.weights - embed_bytes(small)
     plan = resolve(write(), files)
     assert run_memory(plan, "tensorrt").copies == 2

@@ -6,13 +6,15 @@ A board that builds its engines has TensorRT and Python, not `onnx`. The field n
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from tmc_export.core.errors import BundleError
 
-__all__ = ["ExternalTensor", "GraphFacts", "GraphInput", "external_tensors", "read_graph", "with_plain_locations"]
+__all__ = [
+    "ExternalTensor", "GraphFacts", "GraphInput", "external_tensors", "read_by", "read_graph", "with_graph_inputs", "with_plain_locations",
+]  # fmt: skip
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _MODEL_GRAPH, _MODEL_OPSET = 7, 8
@@ -240,7 +242,7 @@ def _rewrite(data: memoryview, path: tuple[int, ...], change: Callable[[memoryvi
     for item in _fields(data):
         if item.number == path[0] and item.wire == _BYTES:
             body = _rewrite(data[item.body : item.end], path[1:], change)
-            out += _encode(item.number << 3 | _BYTES) + _encode(len(body)) + body
+            out += _message(item.number, body)
         else:
             out += data[item.start : item.end]
     return bytes(out)
@@ -250,6 +252,34 @@ def _plain(entry: memoryview) -> bytes:
     if _text(entry, 1) != "location":
         return bytes(entry)
     return _rewrite(entry, (2,), lambda value: PurePosixPath(bytes(value).decode()).name.encode())
+
+
+def read_by(model: bytes, operators: Collection[str]) -> frozenset[str]:
+    """Return the names of what nodes of these types read; subgraphs of control flow are not looked into."""
+    nodes = [n for graph in _bodies(memoryview(model), _MODEL_GRAPH) for n in _bodies(graph, _GRAPH_NODE)]
+    return frozenset(bytes(name).decode() for node in nodes if _text(node, 4) in operators for name in _bodies(node, 1))
+
+
+def with_graph_inputs(model: bytes, tensors: Sequence[ExternalTensor]) -> bytes:
+    """Return the model with these initializers named among its inputs, too: what ONNX calls their default value, no longer constants.
+
+    Before: `graph {node, initializer: [w]}`. After: `graph {node, initializer: [w], input: [..., w]}`. Messages that follow one another
+    are merged, repeated fields joined, so that the inputs are written behind the model.
+    """
+    return model + _message(_MODEL_GRAPH, b"".join(_message(_GRAPH_INPUT, _value_info(tensor)) for tensor in tensors))
+
+
+def _value_info(tensor: ExternalTensor) -> bytes:
+    shape = b"".join(_message(1, _number(1, dim)) for dim in tensor.dims)
+    return _message(1, tensor.name.encode()) + _message(2, _message(1, _number(1, tensor.type) + _message(2, shape)))
+
+
+def _message(number: int, body: bytes) -> bytes:
+    return _encode(number << 3 | _BYTES) + _encode(len(body)) + body
+
+
+def _number(number: int, value: int) -> bytes:
+    return _encode(number << 3 | _VARINT) + _encode(value)
 
 
 def with_plain_locations(model: bytes) -> bytes:

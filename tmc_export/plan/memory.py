@@ -1,9 +1,10 @@
 """Memory of a plan on its device while it runs; `plan.building` has what building its engines takes.
 
 onnxruntime keeps a packed copy of a block's weights per session, and one session per phase: three copies. Measured (1.31, CPU, three
-sessions): 778 MiB for 256 of float32, 779 for 128 of float16, which every session turns into float32. Under `memory_tight` float32 weights
-stay in the file's pages, which are mapped once; sessions with other weights take turns, one phase at a time, and while one is made its
-block's part of the file is there besides. `benchmarks/memory_tight.py` measures it.
+sessions): 778 MiB for 256 of float32, 779 for 128 of float16, which every session turns into float32. Under `memory_tight` floating-point
+weights stay in the file's pages, which are mapped once, and float16 is turned into float32 one weight at a time by each run. Sessions with
+codes take turns, one phase at a time. Nothing is kept between runs, nor the token table. `benchmarks/memory_tight.py` measures it; the
+process itself (Python, onnxruntime: about 70 MB) is not reckoned.
 TensorRT engines of decode width 1 store the weights twice (measured on a 60 MB fp16 block: 122 MB; assumed for int4), of width 2 once.
 """
 
@@ -94,10 +95,9 @@ def run_memory(plan: Plan, runtime: str, memory_tight: bool = False) -> RunMemor
     """Reckon what a loaded bundle takes when every graph has run once."""
     ort = runtime == "onnxruntime"
     copies = (1 if memory_tight else 3) if ort else (2 if plan.decode_width == 1 else 1)
-    turns = ort and memory_tight and not shared_in_place(plan)
-    unpacked = 2 if ort and plan.dtype != "float32" else 1  # the CPU provider computes float16 in float32
+    tight = ort and memory_tight
+    unpacked = 2 if ort and plan.dtype != "float32" and not tight else 1  # the CPU provider computes float16 in float32
     blocks = sum(_packed(plan, block, unpacked) for block in plan.blocks)
-    loading = max(block_bytes(plan, block) for block in plan.blocks) if turns else 0
     others = len(plan.vision) * vision_bytes(plan) + sum(cut_bytes(plan, i) for i in range(len(plan.cuts)))
     others += sum(tower_bytes(plan, t) for t in plan.towers)
     acts = sum(vision_activations(plan, v, ort) for v in plan.vision) + sum(_cut_activations(plan, c) for c in plan.cuts)
@@ -107,14 +107,20 @@ def run_memory(plan: Plan, runtime: str, memory_tight: bool = False) -> RunMemor
         phases = [
             block_activations(plan, block, t, p, ort) for t, p in ((block.tokens, 0), (plan.chunk, block.capacity), (width, block.capacity))
         ]
-        acts += sum(phases) if ort and not turns else max(phases)
-    weights = copies * blocks + loading + unpacked * others + embed_bytes(plan)
+        acts += sum(phases) if ort and not tight else max(phases)
+    weights = copies * blocks + unpacked * others + (_widened(plan) if tight else embed_bytes(plan))
     return RunMemory(weights, sum(kv_bytes(plan, b) for b in plan.blocks), plan.batch * acts, copies)
 
 
 def shared_in_place(plan: Plan) -> bool:
-    """Whether onnxruntime's sessions can share the decoder's weights: only as they are in the file, which is in float32."""
-    return plan.dtype == "float32" and "decoder" not in plan.quantize
+    """Whether onnxruntime's sessions can share the decoder's weights under `memory_tight`: only as they are in the file, without codes."""
+    return codes_of(plan, "decoder") is None
+
+
+def _widened(plan: Plan) -> int:
+    """The largest weight in float32, where it is float16 in the file."""
+    d = plan.facts.decoder
+    return 0 if plan.dtype == "float32" else 4 * d.width * max(d.vocabulary, d.intermediate)
 
 
 def _packed(plan: Plan, block: BlockPlan, unpacked: int) -> int:

@@ -52,9 +52,11 @@ def notes_of(recipe: Recipe, plan: Plan, device: Device, room: Room | None) -> t
         found.append("memory_tight has no effect on TensorRT engines: one engine serves all phases")
     elif recipe.target.memory_tight and not shared_in_place(plan):
         found.append(
-            "memory_tight shares only float32 weights between onnxruntime's sessions; others are held by one phase at a time, and loaded "
-            "again when a turn begins and when its answer does"
+            "memory_tight shares only floating-point weights between onnxruntime's sessions; codes are held by one phase at a time, and "
+            "loaded again when a turn begins and when its answer does"
         )
+    if recipe.target.memory_tight and runtime == "onnxruntime" and plan.dtype != "float32":
+        found.append("memory_tight has float16 weights turned into float32 by every run, one at a time: each token takes longer")
     if recipe.target.build_memory_gib is not None and runtime == "onnxruntime":
         found.append("build_memory_gib has no effect with onnxruntime, for which no engine is built")
     if "decode_width" in recipe.target.model_fields_set and runtime == "onnxruntime":

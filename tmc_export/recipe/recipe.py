@@ -203,7 +203,7 @@ class Target(_Strict):
         runtime: what executes the graphs there.
         decode_width: tokens the decode profile of an engine takes at once. A width of 1 stores the weights twice (its kernels want another
             layout), 2 stores them once.
-        memory_tight: onnxruntime keeps one copy of the weights: float32 in the mapped file, others in the sessions of one phase at a time.
+        memory_tight: onnxruntime keeps one copy of the weights: floating point in the mapped file, codes in the sessions of one phase.
         build_memory_gib: memory of the machine that builds the engines, GiB: blocks are cut until each engine can be built there. When
             absent, a Jetson's own, and for TensorRT-RTX that of the machine on which `build` or `plan` runs.
         compute_capabilities: what a TensorRT-RTX engine is built for, such as `"8.9"`; the device's own when absent.

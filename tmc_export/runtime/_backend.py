@@ -146,8 +146,9 @@ class BackendOptions:
         threads: threads inside an operator; None: the runtime's choice.
         int4_accuracy: how onnxruntime multiplies int4 and int8 weights. 4: activations are rounded to int8 for each product, which is
             fast; 1: they stay float, which is what a device computes.
-        memory_tight: keep one copy of the weights instead of a packed one per phase; slower. Float32 weights stay in the file, which is
-            mapped once for all sessions; of graphs with other weights, those of one phase are loaded at a time.
+        memory_tight: keep one copy of the weights instead of a packed one per phase; slower. Floating-point weights stay in the file, which
+            is mapped once for all sessions, and each run turns float16 into float32, one weight at a time; of graphs with codes, those of
+            one phase are loaded at a time. Nothing is kept between runs. With glibc, freed blocks of a MiB and more leave the process.
         phases: files of decoder graphs → their phase; read under `memory_tight`.
         spin: files of graphs whose threads wait for the next run awake. Faster where one graph follows itself, as decode steps of a single
             block do; a graph that others follow would take the cores from them for a while.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ from tmc_export.bundle.read import path_in
 from tmc_export.core.errors import BundleError, ResourceError, RuntimeInputError
 from tmc_export.runtime._backend import PROVIDERS, BackendOptions, Held, Outputs
 from tmc_export.runtime._host import HostMemory
-from tmc_export.runtime._mapped import MappedWeights
+from tmc_export.runtime._malloc import give_back_large_blocks
+from tmc_export.runtime._mapped import MappedWeights, SharedWeights
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,12 +36,14 @@ class _OrtGraph:
     Args:
         session: the session.
         file: its file below the bundle, for messages.
-        weights: what the session reads in place, which must live as long.
-        copies: it holds weights of its own.
+        weights: what the session reads in place, which must live as long, and what it holds itself.
+        after: called after each run.
     """
 
-    def __init__(self, session: ort.InferenceSession, file: str, weights: Sequence[ort.OrtValue] = (), copies: bool = False) -> None:
-        self._session, self._file, self._weights, self.copies = session, file, weights, copies
+    def __init__(
+        self, session: ort.InferenceSession, file: str, weights: SharedWeights | None = None, after: Callable[[], None] | None = None
+    ) -> None:
+        self._session, self._file, self._weights, self._after = session, file, weights, after
         self.inputs = tuple(i.name for i in session.get_inputs())
         outputs = [o.name for o in session.get_outputs()]
         self._outputs = [name for name in outputs if not name.startswith(_FILLED)]
@@ -81,10 +85,19 @@ class _OrtGraph:
             found = self._step.run(wanted)
         return Outputs(found, found)
 
+    @property
+    def copies(self) -> bool:
+        """Whether the session, made where memory is tight, holds weights of its own."""
+        return self._weights is not None and self._weights.others > 0
+
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
         try:
             yield
+            if self._after is not None:
+                self._after()
+        except BundleError:
+            raise
         except Exception as error:  # onnxruntime raises classes of its own C++ module that share no documented base
             said = str(error).splitlines()[0] if str(error) else type(error).__name__
             if isinstance(error, MemoryError) or "alloc" in said.lower():
@@ -161,6 +174,8 @@ class OnnxRuntimeBackend(HostMemory):
             )
         self._graphs: dict[str, _OrtGraph] = {}
         self._mapped = MappedWeights()
+        if options.memory_tight and options.provider == "cpu":
+            give_back_large_blocks()
 
     def graph(self, file: str) -> _OrtGraph:
         """Return the graph of a bundle file.
@@ -179,30 +194,38 @@ class OnnxRuntimeBackend(HostMemory):
                 options.intra_op_num_threads = self._options.threads
             options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(self._options.int4_accuracy))
             path = path_in(self._folder, file)
-            weights, copies = self._share(path, options)
+            weights = self._share(file, path, options)
+            model = str(path) if weights is None or weights.model is None else weights.model
             try:
-                session = ort.InferenceSession(str(path), options, providers=self._providers(file, options))
+                session = ort.InferenceSession(model, options, providers=self._providers(file, options))
             except MemoryError as error:
                 raise ResourceError(f"not enough memory to load {path}; free memory or compress and quantize more") from error
             except Exception as error:  # onnxruntime raises classes of its own C++ module that share no documented base
                 raise BundleError(f"onnxruntime {ort.__version__} cannot load {path}: {str(error).splitlines()[0]}{self._hint}") from error
             self._expect_provider(session, file)
-            self._graphs[file] = _OrtGraph(session, file, weights, copies)
+            self._graphs[file] = _OrtGraph(session, file, weights, self._after(file, path, weights))
         return self._graphs[file]
 
-    def _share(self, path: Path, options: ort.SessionOptions) -> tuple[Sequence[ort.OrtValue], bool]:
-        """Where memory is tight, let a session read its float32 weights where the file is mapped; say whether it holds others itself.
+    def _share(self, file: str, path: Path, options: ort.SessionOptions) -> SharedWeights | None:
+        """Where memory is tight, let a session read its weights where the file is mapped and keep no memory between runs.
 
-        Codes are packed all the same: unpacked, onnxruntime widens them in every run (measured: 40 times the time of a token in int4).
+        Codes are packed all the same; see `_mapped.py`.
         """
         if not self._options.memory_tight or self._options.provider != "cpu":
-            return (), False
-        shared = self._mapped.of(path)
+            return None
+        shared = self._mapped.of(path, file in self._options.host)
         for name, value in shared.values.items():
             options.add_initializer(name, value)
         if not shared.others:
             options.add_session_config_entry("session.disable_prepacking", "1")
-        return tuple(shared.values.values()), bool(shared.others)
+        if shared.model is not None:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+        return shared
+
+    def _after(self, file: str, path: Path, weights: SharedWeights | None) -> Callable[[], None] | None:
+        """What follows each run of a graph: of the token table, where memory is tight, no more than its rows is kept."""
+        return partial(self._mapped.give_back, path) if weights is not None and file in self._options.host else None
 
     def _make_room(self, file: str) -> None:
         """Where memory is tight, give back the sessions of other phases that hold weights themselves: they are loaded when needed again."""

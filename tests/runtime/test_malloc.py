@@ -1,0 +1,45 @@
+"""Large blocks go back to the system when they are freed."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from tmc_export.runtime._malloc import LARGE, give_back_large_blocks
+
+KEPT = f"""
+import ctypes, re, sys
+from tmc_export.runtime._malloc import give_back_large_blocks
+here = ctypes.CDLL(None)
+here.malloc.restype, here.malloc.argtypes, here.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+def block(size):
+    found = here.malloc(size)
+    ctypes.memset(found, 1, size)
+    return found
+if sys.argv[1] == "yes":
+    assert give_back_large_blocks()
+here.free(block(30 << 20))
+blocks = [block({2 * LARGE}) for _ in range(20)]
+for found in blocks[:-1]:
+    here.free(found)
+print(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read()).group(1))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's parameter")
+def test_freed_blocks_leave_the_process() -> None:
+    kept = {
+        asked: int(subprocess.run([sys.executable, "-c", KEPT, asked], capture_output=True, text=True, check=True).stdout)
+        for asked in ("yes", "no")
+    }
+    assert kept["no"] - kept["yes"] > 30 << 10, "KiB; 38 MiB were freed below a block that stays"
+
+
+def test_a_c_library_without_the_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())
+    assert give_back_large_blocks() is False
