@@ -30,11 +30,12 @@ help: ## list the targets
 setup: $(STAMP) ## make .venv and install the project in it, editable, with all that building and testing needs
 
 # torch comes first and alone, so that pip takes a CPU build where its index offers one.
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml tools/tensorrt_stubs.py
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "building needs Python 3.11 or later, $(PYTHON) is %d.%d: make setup PYTHON=python3.11" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q torch==$(TORCH)
 	$(BIN)/python -m pip install -q -e '.[export,dev$(RTX)]'
+	$(BIN)/python tools/tensorrt_stubs.py
 	@touch $@
 
 demo: $(STAMP) ## build the quickstart bundle and ask it about pictures
@@ -50,7 +51,7 @@ lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(STAMP) ## mypy --strict
+types: $(STAMP) ## mypy --strict; what is asked of TensorRT against tensorrt-stubs
 	$(BIN)/mypy
 
 docs: $(STAMP) ## the CLI reference and the table of methods are current, the documents are true, every >>> example runs

@@ -24,6 +24,7 @@ def say(*words):
 class NetworkDefinitionCreationFlag: STRONGLY_TYPED = 1
 class ProfilingVerbosity: DETAILED = "detailed"
 class MemoryPoolType: WORKSPACE = "workspace"
+class Dims(list): pass
 class ILogger:
     INFO, WARNING, ERROR, INTERNAL_ERROR, VERBOSE = range(5)
 class IProgressMonitor: pass
@@ -45,7 +46,7 @@ class Config:
     def __setattr__(self, name, value): say("set", name, value if isinstance(value, (int, str)) else None); self.__dict__[name] = value
     def set_memory_pool_limit(self, *words): say("pool", *words)
     def create_timing_cache(self, data): say("cache", len(data)); return Cache()
-    def set_timing_cache(self, cache, mismatch): say("use cache")
+    def set_timing_cache(self, cache, mismatch): say("use cache"); return "@CACHE@" == "taken"
     def get_timing_cache(self): return Cache()
     def add_optimization_profile(self, profile): say("profile"); return 0
 class Builder:
@@ -63,7 +64,7 @@ class Builder:
 """
 
 
-def place(fake_module, tmp_path: Path, version: str, stream: bool) -> Path:
+def place(fake_module, tmp_path: Path, version: str, stream: bool, cache: str = "taken") -> Path:
     calls = tmp_path / "calls"
     source = FAKE.replace("@VERSION@", version).replace("@CALLS@", repr(str(calls))).replace("@STREAM@", "1" if stream else "")
     fake_module("tensorrt", source)
@@ -104,6 +105,14 @@ def test_calls(tmp_path: Path, graphs, fake_module, version: str, flags: int, st
     assert (tmp_path / "timing.cache").read_bytes() == b"timings"
     if not stream:
         assert report.activation_bytes == (77,) and report.multi_head_attention == 1
+
+
+def test_a_timing_cache_that_is_refused_is_said(tmp_path: Path, graphs, fake_module) -> None:
+    place(fake_module, tmp_path, "10.13.3", True)
+    assert build(tmp_path, graphs).warnings == ()
+    place(fake_module, tmp_path, "10.13.3", True, cache="refused")
+    (warning,) = build(tmp_path, graphs).warnings
+    assert "timing.cache is of another GPU or TensorRT; kernels are timed anew" in warning
 
 
 def test_an_operator_this_parser_lacks_is_refused_before_the_build(tmp_path: Path, graphs, fake_module) -> None:

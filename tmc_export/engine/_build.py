@@ -7,15 +7,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from tmc_export.core.errors import ExportError, LegalityError, ResourceError
 from tmc_export.core.files import write_whole
 from tmc_export.engine._layers import activation_bytes, parse_layers
 from tmc_export.engine._memory import peak_rss_bytes
+from tmc_export.engine._types import RtxBuilderConfig, RtxModule, TensorRT, or_none, sizes
 from tmc_export.engine._versions import version_for
 from tmc_export.engine.options import EngineOptions, EngineReport, Profile
+
+if TYPE_CHECKING:
+    import tensorrt
 
 __all__ = ["Job", "build", "refusal"]
 
@@ -50,30 +53,40 @@ class _Log:
     errors: list[str]
 
 
-def _logger(trt: ModuleType, log: _Log) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[name-defined,misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
+def _logger(trt: TensorRT, log: _Log) -> tensorrt.ILogger:
+    if TYPE_CHECKING:
+        from tensorrt import ILogger
+    else:
+        ILogger = trt.ILogger
 
-        def log(self, severity: Any, message: str) -> None:
-            if message.startswith("Layers:"):
-                log.layers += message + "\n"
-            elif severity == trt.ILogger.INFO:
-                log.info.append(message)
-            elif severity == trt.ILogger.WARNING and not message.endswith(_NOISE):
-                log.warnings.append(message)
-            elif severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                log.errors.append(message)
+    class Logger(ILogger):
+        def __init__(self) -> None:
+            ILogger.__init__(self)
+
+        def log(self, severity: tensorrt.ILogger.Severity, msg: str) -> None:
+            if msg.startswith("Layers:"):
+                log.layers += msg + "\n"
+            elif severity == ILogger.INFO:
+                log.info.append(msg)
+            elif severity == ILogger.WARNING and not msg.endswith(_NOISE):
+                log.warnings.append(msg)
+            elif severity in (ILogger.ERROR, ILogger.INTERNAL_ERROR):
+                log.errors.append(msg)
 
     logger = Logger()
     _KEPT.append(logger)
     return logger
 
 
-def _monitor(trt: ModuleType, emit: Emit) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined,misc]
+def _monitor(trt: TensorRT, emit: Emit) -> tensorrt.IProgressMonitor:
+    if TYPE_CHECKING:
+        from tensorrt import IProgressMonitor
+    else:
+        IProgressMonitor = trt.IProgressMonitor
+
+    class Monitor(IProgressMonitor):
         def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
+            IProgressMonitor.__init__(self)
             self.totals: dict[str, int] = {}
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
@@ -90,10 +103,15 @@ def _monitor(trt: ModuleType, emit: Emit) -> Any:
     return Monitor()
 
 
-def _writer(trt: ModuleType, file: Any, failed: list[OSError]) -> Any:
-    class Writer(trt.IStreamWriter):  # type: ignore[name-defined,misc]
+def _writer(trt: TensorRT, file: BinaryIO, failed: list[OSError]) -> tensorrt.IStreamWriter:
+    if TYPE_CHECKING:
+        from tensorrt import IStreamWriter
+    else:
+        IStreamWriter = trt.IStreamWriter
+
+    class Writer(IStreamWriter):
         def __init__(self) -> None:
-            trt.IStreamWriter.__init__(self)
+            IStreamWriter.__init__(self)
 
         def write(self, data: Any, *_: Any) -> int:
             try:
@@ -105,7 +123,7 @@ def _writer(trt: ModuleType, file: Any, failed: list[OSError]) -> Any:
     return Writer()
 
 
-def _parse(trt: ModuleType, builder: Any, logger: Any, job: Job, row_flag: bool) -> Any:
+def _parse(trt: TensorRT, builder: tensorrt.Builder, logger: tensorrt.ILogger, job: Job, row_flag: bool) -> tensorrt.INetworkDefinition:
     flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED) if row_flag else 0
     network = builder.create_network(flags)
     parser = trt.OnnxParser(network, logger)
@@ -115,17 +133,17 @@ def _parse(trt: ModuleType, builder: Any, logger: Any, job: Job, row_flag: bool)
     raise ExportError(f"{job.name}: the TensorRT parser refuses {job.onnx.name}: {_reasons(parser)}")
 
 
-def _reasons(parser: Any) -> str:
+def _reasons(parser: tensorrt.OnnxParser) -> str:
     """Return what a parser says of a graph that it refused."""
     found = []
     for index in range(parser.num_errors):
-        error = parser.get_error(index)
+        error: tensorrt.ParserError = parser.get_error(index)
         place = f"{error.func()} at {error.file()}:{error.line()}"
         found.append(f"{error.node_operator() or 'no operator'} '{error.node_name()}': {error.desc()} ({place})")
     return "; ".join(found) or "it gives no reason"
 
 
-def refusal(onnx: Path, trt: ModuleType) -> str | None:
+def refusal(onnx: Path, trt: TensorRT) -> str | None:
     """Return why the parser refuses a graph; None when it takes it. Nothing is built."""
     logger = _logger(trt, _Log("", [], [], []))
     builder = trt.Builder(logger)
@@ -135,7 +153,9 @@ def refusal(onnx: Path, trt: ModuleType) -> str | None:
     return None if parser.parse_from_file(str(onnx)) else _reasons(parser)
 
 
-def _add_profiles(builder: Any, network: Any, config: Any, job: Job) -> None:
+def _add_profiles(
+    trt: TensorRT, builder: tensorrt.Builder, network: tensorrt.INetworkDefinition, config: tensorrt.IBuilderConfig, job: Job
+) -> None:
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     for profile in job.profiles:
         shapes, where = dict(profile.shapes), f"{job.name}, profile '{profile.name}'"
@@ -144,41 +164,51 @@ def _add_profiles(builder: Any, network: Any, config: Any, job: Job) -> None:
             raise ExportError(f"{where}: the graph has no input {', '.join(unknown)}; build the bundle again")
         made = builder.create_optimization_profile()
         for tensor in inputs:
-            own = tuple(tensor.shape)
+            own = sizes(tensor.shape)
             shape = shapes.get(tensor.name, own)
             if any(size < 0 for size in shape) or len(shape) != len(own):
                 raise ExportError(f"{where}: input {tensor.name} {own} gets the shape {shape}; name every dimension")
             if any(mine >= 0 and mine != size for mine, size in zip(own, shape, strict=True)):
                 raise ExportError(f"{where}: input {tensor.name} is {own} in the graph, the profile says {shape}")
             if any(size < 0 for size in own):
-                made.set_shape(tensor.name, shape, shape, shape)
+                dims = trt.Dims(list(shape))
+                made.set_shape(tensor.name, dims, dims, dims)
         if config.add_optimization_profile(made) < 0:
             raise ExportError(f"{job.name}: TensorRT refuses the profile '{profile.name}' {shapes}")
 
 
-def _configure(trt: ModuleType, builder: Any, job: Job, emit: Emit) -> Any:
+def _set_capabilities(trt: TensorRT, config: RtxBuilderConfig, names: tuple[str, ...]) -> None:
+    known = cast("RtxModule", trt).ComputeCapability
+    config.num_compute_capabilities = len(names)
+    for index, name in enumerate(names):
+        capability = getattr(known, name, None)
+        if capability is None:
+            raise LegalityError(f"TensorRT-RTX {trt.__version__} does not know {name}; install a newer one or leave it out")
+        if not config.set_compute_capability(capability, index):
+            raise LegalityError(f"TensorRT-RTX {trt.__version__} refuses {name} as GPU {index + 1} of {', '.join(names)}; leave it out")
+
+
+def _configure(trt: TensorRT, builder: tensorrt.Builder, job: Job, emit: Emit, log: _Log) -> tensorrt.IBuilderConfig:
     options = job.options
     config = builder.create_builder_config()
     if options.flavour == "tensorrt-rtx":
-        config.num_compute_capabilities = len(options.capabilities)
-        for index, name in enumerate(options.capabilities):
-            capability = getattr(trt.ComputeCapability, name, None)
-            if capability is None:
-                raise LegalityError(f"TensorRT-RTX {trt.__version__} does not know {name}; install a newer one or leave it out")
-            config.set_compute_capability(capability, index)
+        _set_capabilities(trt, cast("RtxBuilderConfig", config), options.capabilities)
     config.builder_optimization_level = options.builder_optimization_level
     config.profiling_verbosity = getattr(trt.ProfilingVerbosity, options.verbosity.upper())
     if options.workspace_mib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib * 2**20)
     if options.timing_cache is not None and options.flavour == "tensorrt":
         kept = options.timing_cache.read_bytes() if options.timing_cache.is_file() else b""
-        config.set_timing_cache(config.create_timing_cache(kept), False)
+        if not config.set_timing_cache(config.create_timing_cache(kept), False):
+            log.warnings.append(f"the timing cache {options.timing_cache} is of another GPU or TensorRT; kernels are timed anew")
     config.progress_monitor = _monitor(trt, emit)
     _KEPT.append(config.progress_monitor)
     return config
 
 
-def _serialize(trt: ModuleType, builder: Any, network: Any, config: Any, job: Job) -> bool:
+def _serialize(
+    trt: TensorRT, builder: tensorrt.Builder, network: tensorrt.INetworkDefinition, config: tensorrt.IBuilderConfig, job: Job
+) -> bool:
     """Write the engine to `job.out` through a temporary file; False when the builder fails."""
     partial = job.out.with_name(f".{job.out.name}.{os.getpid()}.partial")
     failed: list[OSError] = []
@@ -187,9 +217,9 @@ def _serialize(trt: ModuleType, builder: Any, network: Any, config: Any, job: Jo
             if hasattr(builder, "build_serialized_network_to_stream"):
                 done = bool(builder.build_serialized_network_to_stream(network, config, _writer(trt, file, failed)))
             else:
-                plan = builder.build_serialized_network(network, config)
+                plan = or_none(builder.build_serialized_network(network, config))
                 done = plan is not None
-                if done:
+                if plan is not None:
                     file.write(memoryview(plan))
             file.flush()
             os.fsync(file.fileno())
@@ -205,11 +235,11 @@ def _serialize(trt: ModuleType, builder: Any, network: Any, config: Any, job: Jo
         partial.unlink(missing_ok=True)
 
 
-def _save_timing_cache(config: Any, options: EngineOptions) -> str | None:
+def _save_timing_cache(config: tensorrt.IBuilderConfig, options: EngineOptions) -> str | None:
     """Keep what was measured; why it could not be written, which an engine that is built does not fail for."""
     if options.timing_cache is None or options.flavour != "tensorrt":
         return None
-    cache = config.get_timing_cache()
+    cache = or_none(config.get_timing_cache())
     if cache is None:
         return None
     try:
@@ -219,7 +249,7 @@ def _save_timing_cache(config: Any, options: EngineOptions) -> str | None:
     return None
 
 
-def build(job: Job, trt: ModuleType, emit: Emit, capabilities: tuple[str, ...]) -> EngineReport:
+def build(job: Job, trt: TensorRT, emit: Emit, capabilities: tuple[str, ...]) -> EngineReport:
     """Build one engine.
 
     Args:
@@ -234,14 +264,14 @@ def build(job: Job, trt: ModuleType, emit: Emit, capabilities: tuple[str, ...]) 
         LegalityError: a compute capability this TensorRT lacks.
     """
     started = time.monotonic()
-    version = str(trt.__version__)
+    version = trt.__version__
     log = _Log("", [], [], [])
     logger = _logger(trt, log)
     builder = trt.Builder(logger)
     flag = job.options.flavour == "tensorrt" and version_for(version).strongly_typed_flag
     network = _parse(trt, builder, logger, job, flag)
-    config = _configure(trt, builder, job, emit)
-    _add_profiles(builder, network, config, job)
+    config = _configure(trt, builder, job, emit, log)
+    _add_profiles(trt, builder, network, config, job)
     if not _serialize(trt, builder, network, config, job):
         reason = " | ".join(line.replace("\n", " ") for line in log.errors[:3])
         raise ExportError(f"{job.name}: TensorRT {version} parses the graph and cannot build it: {reason or 'it gives no reason'}")

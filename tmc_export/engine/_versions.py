@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tmc_export.core.errors import LegalityError
 from tmc_export.engine._proto import GraphFacts
 
-__all__ = ["VERSIONS", "TensorRTVersion", "check_graph", "parse_version", "version_for"]
+__all__ = ["DIFFERENCES", "VERSIONS", "Difference", "TensorRTVersion", "check_graph", "parse_version", "version_for"]
 
 _ONNX_23 = frozenset({"Attention", "RMSNormalization", "RotaryEmbedding", "Swish", "TensorScatter"})
 
@@ -57,6 +57,38 @@ VERSIONS = (
     TensorRTVersion((10, 15), "7.2 (10.16)", 24, True, True, frozenset()),
     TensorRTVersion((11, 0), "7.2.2 and later (11.4)", 24, False, True, frozenset()),
 )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A name that is used and that not every TensorRT has.
+
+    Attributes:
+        name: dotted, from the module on.
+        stubs: `tensorrt-stubs` (10.13) has it; else `_types` declares it.
+        rtx: TensorRT-RTX 1.7 has it.
+        standard: releases of standard TensorRT that have it, as far as known.
+    """
+
+    name: str
+    stubs: bool
+    rtx: bool
+    standard: str
+
+
+DIFFERENCES = (
+    Difference("ComputeCapability", False, True, "none"),
+    Difference("IBuilderConfig.num_compute_capabilities", False, True, "none"),
+    Difference("IBuilderConfig.set_compute_capability", False, True, "none"),
+    Difference("DynamicShapesKernelSpecializationStrategy", False, True, "none"),
+    Difference("IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy", False, True, "none"),
+    Difference("IExecutionContext.is_stream_capturable", False, True, "none"),
+    Difference("ICudaEngine.create_runtime_config", True, True, "not 10.3"),
+    Difference("Builder.build_serialized_network_to_stream", True, True, "10.13 on"),
+    Difference("NetworkDefinitionCreationFlag.STRONGLY_TYPED", True, True, "below 11"),
+)
+"""Looked for before they are used, or used only where they are. `tests/engine/test_types.py` compares the table with code, stubs and
+TensorRT-RTX."""
 
 
 def parse_version(text: str) -> tuple[int, int]:

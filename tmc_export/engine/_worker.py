@@ -20,6 +20,7 @@ from typing import TextIO
 from tmc_export.core.errors import ExportError, LegalityError, MissingExtraError, ResourceError
 from tmc_export.engine._build import build, refusal
 from tmc_export.engine._device import cuda_device
+from tmc_export.engine._types import as_tensorrt
 from tmc_export.engine._wire import job_from_json, report_fields
 from tmc_export.engine.options import FLAVOURS
 
@@ -43,7 +44,7 @@ def _run(text: str, out: TextIO) -> None:
     fields = json.loads(text)
     flavour = "tensorrt-rtx" if "parse" in fields else fields["probe"] if "probe" in fields else fields["options"]["flavour"]
     try:
-        trt = importlib.import_module(FLAVOURS[flavour])
+        trt = as_tensorrt(importlib.import_module(FLAVOURS[flavour]))
     except ImportError as error:
         raise MissingExtraError(f"'{FLAVOURS[flavour]}' cannot be imported: {error}") from error
     if "parse" in fields:
@@ -51,7 +52,7 @@ def _run(text: str, out: TextIO) -> None:
         return
     local = _local_capabilities() if flavour == "tensorrt" else ()
     if "probe" in fields:
-        _say(out, version=str(trt.__version__), capabilities=list(local))
+        _say(out, version=trt.__version__, capabilities=list(local))
         return
     job = job_from_json(text)
     report = build(job, trt, lambda phase, done, total: _say(out, phase=phase, done=done, total=total), local or job.options.capabilities)

@@ -11,17 +11,18 @@ import math
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from tmc_export.core.errors import BundleError
+from tmc_export.engine._types import RtxRuntimeConfig, TensorRT, or_none, sizes
 from tmc_export.runtime._backend import Held, Outputs
 from tmc_export.runtime._cuda import Cuda, Pinned
 from tmc_export.runtime._device import DevicePiece, DeviceTensor, aligned, stride_of
 
 if TYPE_CHECKING:
+    import tensorrt
     from numpy.typing import NDArray
 
     Array = NDArray[Any]
@@ -46,7 +47,7 @@ class Shared:
         capture: whether steps are captured; off once that failed.
     """
 
-    trt: ModuleType
+    trt: TensorRT
     cuda: Cuda
     errors: Callable[[], str]
     scratch: int = 0
@@ -97,7 +98,7 @@ class EngineGraph:
         ResourceError: not enough device memory.
     """
 
-    def __init__(self, shared: Shared, engine: Any, profile: int, file: str) -> None:
+    def __init__(self, shared: Shared, engine: tensorrt.ICudaEngine, profile: int, file: str) -> None:
         self._shared, self._cuda, self._engine, self._file = shared, shared.cuda, engine, file
         self._context = self._make_context()
         if not self._context.set_optimization_profile_async(profile, self._cuda.stream):
@@ -113,7 +114,7 @@ class EngineGraph:
             raise self._failed("infers no shapes") from error
         if missing:
             raise BundleError(f"{file}: TensorRT wants values of {', '.join(missing)} for its shapes; build the bundle again")
-        self._shapes |= {n: tuple(self._context.get_tensor_shape(n)) for n in names if n not in self._shapes}
+        self._shapes |= {n: sizes(self._context.get_tensor_shape(n)) for n in names if n not in self._shapes}
         self._dtypes = {n: np.dtype(shared.trt.nptype(engine.get_tensor_dtype(n))) for n in names}
         for name in names:
             self._expect_static(name)
@@ -131,28 +132,28 @@ class EngineGraph:
         self._captured: tuple[object, Any] | None = None
 
     # -------------------------------------------------------------------------------------------------------- layout
-    def _make_context(self) -> Any:
+    def _make_context(self) -> tensorrt.IExecutionContext:
         """A context without memory of its own. TensorRT-RTX compiles kernels for the shapes when they are first run, not behind our back
         after it, so that a captured step has them."""
         trt = self._shared.trt
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         eager = getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)
         if eager is None:
-            context = self._engine.create_execution_context(strategy)
+            context = or_none(self._engine.create_execution_context(strategy))
         else:
             config = self._engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(strategy)
-            config.dynamic_shapes_kernel_specialization_strategy = eager.EAGER
-            context = self._engine.create_execution_context(runtime_config=config)
+            cast("RtxRuntimeConfig", config).dynamic_shapes_kernel_specialization_strategy = eager.EAGER
+            context = or_none(self._engine.create_execution_context(runtime_config=config))
         if context is None:
             raise self._failed("makes no execution context")
         return context
 
     def _input_shape(self, name: str, profile: int) -> tuple[int, ...]:
-        shape = tuple(self._engine.get_tensor_shape(name))
+        shape = sizes(self._engine.get_tensor_shape(name))
         if min(shape, default=0) >= 0:
             return shape
-        found = tuple(self._engine.get_tensor_profile_shape(name, profile)[1])
+        found = sizes(self._engine.get_tensor_profile_shape(name, profile)[1])
         if not self._context.set_input_shape(name, found):
             raise self._failed(f"refuses {name} {list(found)}")
         return found

@@ -10,17 +10,20 @@ import mmap
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tmc_export.core.errors import BundleError, MissingExtraError, ResourceError
 from tmc_export.core.lazy import require
+from tmc_export.engine._types import TensorRT, as_tensorrt, or_none
 from tmc_export.runtime._backend import BackendOptions, Graph
 from tmc_export.runtime._cuda import Cuda
 from tmc_export.runtime._device import DeviceRows, DeviceSlots
 from tmc_export.runtime._engine_files import EngineFiles, EnginePlace
 from tmc_export.runtime._engine_graph import EngineGraph, Shared
 from tmc_export.runtime._onnxruntime import OnnxRuntimeBackend
+
+if TYPE_CHECKING:
+    import tensorrt
 
 __all__ = ["TensorRTBackend"]
 
@@ -38,16 +41,20 @@ class Log:
         logger: what TensorRT writes to.
     """
 
-    def __init__(self, trt: ModuleType) -> None:
+    def __init__(self, trt: TensorRT) -> None:
+        if TYPE_CHECKING:
+            from tensorrt import ILogger
+        else:
+            ILogger = trt.ILogger
         errors: list[str] = []
 
-        class Logger(trt.ILogger):  # type: ignore[name-defined,misc]
+        class Logger(ILogger):
             def __init__(self) -> None:
-                trt.ILogger.__init__(self)
+                ILogger.__init__(self)
 
-            def log(self, severity: Any, message: str) -> None:
-                if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                    errors.append(" ".join(message.split()))
+            def log(self, severity: tensorrt.ILogger.Severity, msg: str) -> None:
+                if severity in (ILogger.ERROR, ILogger.INTERNAL_ERROR):
+                    errors.append(" ".join(msg.split()))
 
         self._errors, self.logger = errors, Logger()
 
@@ -83,12 +90,12 @@ class TensorRTBackend:
         self._log = _LOGS[flavour]
         cuda = Cuda(_EXTRAS[flavour])
         self._graphs: dict[str, Graph] = {}
-        self._engines: dict[str, Any] = {}
+        self._engines: dict[str, tensorrt.ICudaEngine] = {}
         self._rows: dict[str, DeviceRows] = {}
         self._shared = Shared(trt, cuda, self._log.take)
         self._runtime = [self._start(trt)]
         self._end = weakref.finalize(self._shared, _close, self._engines, self._runtime, cuda)  # graphs refer to it, and may live longer
-        self._files = EngineFiles(folder, flavour, str(trt.__version__), cuda.capability)
+        self._files = EngineFiles(folder, flavour, trt.__version__, cuda.capability)
         self._host = OnnxRuntimeBackend(folder, options)
 
     def close(self) -> None:
@@ -122,18 +129,18 @@ class TensorRTBackend:
             self._rows[name] = DeviceRows(self._shared.cuda, name, most, axis)
         return self._rows[name]
 
-    def _start(self, trt: ModuleType) -> Any:
+    def _start(self, trt: TensorRT) -> tensorrt.Runtime:
         try:
             return trt.Runtime(self._log.logger)
         except (TypeError, RuntimeError) as error:  # pybind11 raises TypeError where the constructor gives nothing
             said = f"{self._log.take()} ({str(error).splitlines()[0]})"
             raise ResourceError(f"{self.name} {trt.__version__} does not start: {said}; see: tmc-export doctor") from error
 
-    def _engine(self, place: EnginePlace) -> Any:
+    def _engine(self, place: EnginePlace) -> tensorrt.ICudaEngine:
         """Deserialize an engine once, straight from the mapped file."""
         if place.name not in self._engines:
             with place.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                engine = self._runtime[0].deserialize_cuda_engine(data)
+                engine = or_none(self._runtime[0].deserialize_cuda_engine(data))
                 size = len(data)
             if engine is None:
                 said = self._log.take()
@@ -145,11 +152,11 @@ class TensorRTBackend:
         return self._engines[place.name]
 
 
-def _module(flavour: str) -> ModuleType:
+def _module(flavour: str) -> TensorRT:
     """Import TensorRT."""
     module = _MODULES[flavour]
     try:
-        return require(module, extra=_EXTRAS[flavour], purpose=f"run {flavour} engines")
+        return as_tensorrt(require(module, extra=_EXTRAS[flavour], purpose=f"run {flavour} engines"))
     except MissingExtraError as error:
         if flavour == "tensorrt":  # no extra brings it
             raise MissingExtraError(
@@ -158,7 +165,7 @@ def _module(flavour: str) -> ModuleType:
         raise
 
 
-def _close(engines: dict[str, Any], runtime: list[Any], cuda: Cuda) -> None:
+def _close(engines: dict[str, tensorrt.ICudaEngine], runtime: list[tensorrt.Runtime], cuda: Cuda) -> None:
     """Release what TensorRT holds, in the order it wants, then the memory that it worked on."""
     cuda.finish()
     engines.clear()
