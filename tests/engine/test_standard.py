@@ -66,7 +66,12 @@ class Builder:
 
 def place(fake_module, tmp_path: Path, version: str, stream: bool, cache: str = "taken") -> Path:
     calls = tmp_path / "calls"
-    source = FAKE.replace("@VERSION@", version).replace("@CALLS@", repr(str(calls))).replace("@STREAM@", "1" if stream else "")
+    source = (
+        FAKE.replace("@CACHE@", cache)
+        .replace("@VERSION@", version)
+        .replace("@CALLS@", repr(str(calls)))
+        .replace("@STREAM@", "1" if stream else "")
+    )
     fake_module("tensorrt", source)
     return calls
 
