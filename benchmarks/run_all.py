@@ -18,6 +18,7 @@ NAMES = (
     "memory_tight",
     "engine_sizes",
     "engine_matrix",
+    "decode_width",
     "accuracy",
     "parity",
     "slot_scales",

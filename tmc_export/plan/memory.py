@@ -5,7 +5,8 @@ sessions): 778 MiB for 256 of float32, 779 for 128 of float16, which every sessi
 weights stay in the file's pages, which are mapped once, and float16 is turned into float32 one weight at a time by each run. Sessions with
 codes take turns, one phase at a time. Nothing is kept between runs, nor the token table. `benchmarks/memory_tight.py` measures it; the
 process itself (Python, onnxruntime: about 70 MB) is not reckoned.
-TensorRT engines of decode width 1 store the weights twice (measured on a 60 MB fp16 block: 122 MB; assumed for int4), of width 2 once.
+TensorRT engines of decode width 1 store float16 weights, and codes that meet codes of activations, twice; of width 2 all once. Codes of
+weights alone are stored once at width 1, too (`benchmarks/decode_width.py`); a width of 1 is reckoned with two copies of all nevertheless.
 """
 
 from __future__ import annotations

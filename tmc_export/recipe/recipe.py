@@ -201,8 +201,8 @@ class Target(_Strict):
     Attributes:
         device: a shipped device or a device file relative to the recipe.
         runtime: what executes the graphs there.
-        decode_width: tokens the decode profile of an engine takes at once. A width of 1 stores the weights twice (its kernels want another
-            layout), 2 stores them once.
+        decode_width: tokens the decode profile of an engine takes at once. A width of 1 stores float16 weights and w8a8 codes twice (its
+            kernels want another layout), 2 stores every scheme's weights once (`benchmarks/decode_width.py`).
         memory_tight: onnxruntime keeps one copy of the weights: floating point in the mapped file, codes in the sessions of one phase.
         build_memory_gib: memory of the machine that builds the engines, GiB: blocks are cut until each engine can be built there. When
             absent, a Jetson's own, and for TensorRT-RTX that of the machine on which `build` or `plan` runs.
