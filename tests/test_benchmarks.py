@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks._selector import Entry
 from benchmarks._selector_cases import CASES, LARGE, PATCHES
+from benchmarks.decode_width import row_of as row_of_width
 from benchmarks.engine_matrix import CARDS, LAYERS, PHASES, SCHEMES, row_of
 from tmc_export.graphs import METHODS
 from tmc_export.recipe._schemes import BUILT
@@ -67,3 +68,10 @@ def test_the_matrix_judges_each_of_its_figures(worse: dict[str, Any]) -> None:
 def test_the_matrix_wants_refusals_at_a_line() -> None:
     said = {"scheme": "fp8", "card": "SM86", "refused": "fp8-SM86.yaml:6:20: fp8 does not build"}
     assert row_of(said)["ok"] and not row_of({**said, "refused": "fp8 does not build: no line"})["ok"]
+
+
+def test_the_decode_width_is_judged_by_what_width_two_stores() -> None:
+    def entries(two: int) -> list[dict[str, Any]]:
+        return [{"scheme": "int4", "width": w, "weights_bytes": 100, "engine_bytes": b} for w, b in ((1, 200), (2, two), (4, 100))]
+
+    assert row_of_width(entries(101))["ok"] and not row_of_width(entries(200))["ok"]
