@@ -124,7 +124,8 @@ def test_a_scheme_without_effect_is_an_error() -> None:
     from tmc_export.api._schemes import PartSchemes
 
     schemes = PartSchemes.__new__(PartSchemes)
-    schemes._plan, schemes._changed, schemes._found = {"projector": QuantizePlan("fp16")}, {"projector": 0}, Calibrated()
+    schemes._plan, schemes._changed = {"projector": QuantizePlan("fp16")}, {"projector": 0}
+    schemes._found, schemes._kernels = Calibrated(), set()
     schemes.apply(graph(name="tower.fc1.weight"), "vision")
     with pytest.raises(ExportError, match="quantize.projector: no weight of that part was found"):
         schemes.finish()
