@@ -19,7 +19,8 @@ transformers = pytest.importorskip("transformers")
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-from tests.api._four_bits import four, with_standard_operators  # noqa: E402
+from tests.api._four_bits import with_standard_operators  # noqa: E402
+from tests.api._theirs import asked, asked_of, key, logits, sqnr, theirs, theirs_in_four  # noqa: E402
 from tests.families._small import save_small_llava  # noqa: E402
 from tmc_export.api import calibrate as module  # noqa: E402
 from tmc_export.api.bundling import build_bundle  # noqa: E402
@@ -34,10 +35,9 @@ from tmc_export.plan.source import read_model_files  # noqa: E402
 from tmc_export.quantize.calibrated import Calibrated  # noqa: E402
 from tmc_export.quantize.gptq import gptq_blocks  # noqa: E402
 from tmc_export.quantize.int4 import dequantize_blocks, quantize_blocks  # noqa: E402
-from tmc_export.quantize.nvfp4 import dequantize_nvfp4, global_scale, quantize_nvfp4  # noqa: E402
 from tmc_export.recipe import load_recipe  # noqa: E402
 from tmc_export.runtime._backend import open_backend, options_for  # noqa: E402
-from tmc_export.runtime.session import Session, load  # noqa: E402
+from tmc_export.runtime.session import Session  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("traced_once")  # one model in many schemes
 
@@ -53,6 +53,9 @@ CPU = "{device: cpu, runtime: onnxruntime}"
 EIGHT = "weights: int8, activations: int8"
 W8A8 = f"encoder: {{{EIGHT}}}, projector: {{{EIGHT}}}, decoder: {{{EIGHT}"
 KEPT = "layers.1.mlp.down_proj"
+_FOUR = "{weights: nvfp4, activations: nvfp4"
+FOUR = f"encoder: {_FOUR}}}, projector: {_FOUR}}}, decoder: {_FOUR}, keep: [{KEPT}]}}"
+DESKTOP = "{device: rtx-5090, runtime: tensorrt-rtx}"
 
 
 @pytest.fixture(scope="module")
@@ -107,66 +110,6 @@ def exact(home: Path) -> Path:
     return build_bundle(path, home / "exact", record=False, engines=False).folder
 
 
-def eight(x: torch.Tensor, step: torch.Tensor | float) -> torch.Tensor:
-    return (x / step).round().clamp(-128, 127) * step
-
-
-def fp8(x: torch.Tensor, step: torch.Tensor | float) -> torch.Tensor:
-    return (x / step).clamp(-448, 448).to(torch.float8_e4m3fn).float() * step
-
-
-ROUNDED = {"int8": (eight, 127), "fp8": (fp8, 448)}
-
-
-def theirs(home: Path, session: Session, prompt: Any, calibrated: Calibrated, factor: float = 1.0, scheme: str = "int8") -> np.ndarray:
-    """Logits of Hugging Face's model with inputs and weights of its linears rounded to 8 bits."""
-    rounded, top = ROUNDED[scheme]
-    model = transformers.LlavaForConditionalGeneration.from_pretrained(home / "model", dtype=torch.float32).eval()
-    changed = set()
-    for name, part in model.named_modules():
-        same = [n for n in calibrated.clips if isinstance(part, nn.Linear) and key(n) == key(f"{name}.weight")]
-        if not same:
-            continue
-        changed.add(same[0])
-        divisor = torch.from_numpy(calibrated.divisors[same[0]]) if same[0] in calibrated.divisors else torch.ones(part.in_features)
-        weight = part.weight.data * divisor
-        part.weight.data = rounded(weight, weight.abs().amax(1, keepdim=True) / top)
-        clip = calibrated.clips[same[0]] * factor
-        part.register_forward_pre_hook(lambda _, given, d=divisor, s=clip / top: (rounded(given[0] / d, s),))
-    assert changed == calibrated.clips.keys() and len(changed) > 20
-    if scheme != "int8":
-        return logits(model, prompt)
-    patch = next(m for m in model.modules() if isinstance(m, nn.Conv2d))  # int8 stores it, and no input of it is rounded
-    step = patch.weight.data.abs().amax((1, 2, 3), keepdim=True) / 127
-    patch.weight.data = (patch.weight.data / step).round() * step
-    return logits(model, prompt)
-
-
-def logits(model: Any, prompt: Any) -> np.ndarray:
-    with torch.no_grad():
-        out = model(input_ids=torch.from_numpy(prompt.ids)[None], pixel_values=torch.from_numpy(prompt.pixels[0][1]), logits_to_keep=1)
-    return out.logits[0, -1].numpy()
-
-
-def key(name: str) -> str:
-    """A weight's name without what old and new layouts put before it."""
-    words = name.split(".")
-    return ".".join(w for w in words if w not in ("model", "language_model", "vision_tower", "vision_model"))
-
-
-def asked_of(home: Path, bundle: Path, int4_accuracy: int = 4) -> tuple[Session, Any, np.ndarray]:
-    return asked(home, load(bundle, threads=1, int4_accuracy=int4_accuracy))
-
-
-def asked(home: Path, session: Session) -> tuple[Session, Any, np.ndarray]:
-    prompt = session.prompt([5, 6, session.program.image_token, 7, 9, 11], session.encode_images([str(home / "pictures" / "1.png")]))
-    return session, prompt, session.run_prompt(prompt).logits.reshape(-1)
-
-
-def sqnr(got: np.ndarray, want: np.ndarray) -> float:
-    return float(10 * np.log10(np.square(want, dtype=np.float64).sum() / np.square(got - want, dtype=np.float64).sum()))
-
-
 @pytest.mark.parametrize("smooth", ["", ", smooth: 0.5"])
 def test_w8a8_is_hugging_face_s_model_with_rounded_linears(smooth: str, home: Path, build: Callable[..., Built], exact: Path) -> None:
     bundle = build("smooth" if smooth else "plain", W8A8 + smooth + f", keep: [{KEPT}]}}")
@@ -199,29 +142,9 @@ def test_products_are_joined_and_onnxruntime_multiplies_codes(build: Callable[..
     assert points and all(t.dtype == ir.DataType.INT8 and not t.numpy().any() for t in points)  # TensorRT takes no other zero
 
 
-def theirs_in_four(home: Path, prompt: Any, calibrated: Calibrated, factor: float = 1.0) -> np.ndarray:
-    """Logits of Hugging Face's model with inputs and weights of its linears in nvfp4; those that read one input share a scale."""
-    model = transformers.LlavaForConditionalGeneration.from_pretrained(home / "model", dtype=torch.float32).eval()
-    parts = {key(f"{n}.weight"): m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    groups: dict[float, list[Any]] = {}
-    for name, clip in calibrated.clips.items():
-        groups.setdefault(clip, []).append(parts[key(name)])
-    assert sum(map(len, groups.values())) > 20 and max(map(len, groups.values())) == 3
-    for clip, members in groups.items():
-        scale = global_scale(max(float(m.weight.data.abs().max()) for m in members), np.float32)
-        step = float(global_scale(clip * factor, np.float32))
-        for part in members:
-            weight = np.ascontiguousarray(part.weight.data.numpy().T)
-            part.weight.data = torch.from_numpy(dequantize_nvfp4(*quantize_nvfp4(weight, scale), scale).T.copy())
-            part.register_forward_pre_hook(lambda _, given, g=step: (four(given[0], g),))
-    return logits(model, prompt)
-
-
 def test_nvfp4_w4a4_is_hugging_face_s_model_with_rounded_linears(home: Path, build: Callable[..., Built], exact: Path) -> None:
     """TensorRT's operator runs on no CPU: what NVIDIA's documents say of it stands in its place, and runs on onnxruntime."""
-    part = "{weights: nvfp4, activations: nvfp4"
-    target = "{device: rtx-5090, runtime: tensorrt-rtx}"
-    bundle = build("four", f"encoder: {part}}}, projector: {part}}}, decoder: {part}, keep: [{KEPT}]}}", target=target)
+    bundle = build("four", FOUR, target=DESKTOP)
     assert not any(KEPT in n for n in bundle.found.clips)
     folder = bundle.folder.with_name("four_standard")
     shutil.copytree(bundle.folder, folder)
@@ -394,6 +317,7 @@ def test_a_simulation_gives_the_bundle_s_logits(home: Path, build: Callable[...,
         "awq": ("decoder: {weights: int4, block: 32, algorithm: awq}", 100.0),
         "gptq": ("decoder: {weights: int4, block: 32, algorithm: gptq}", 100.0),
         "slots": ("kv: {weights: int8}", 60.0),
+        "fp8": (W8A8.replace("int8", "fp8") + "}", 30.0),
     }
     for name, (parts, least) in rows.items():
         bundle = build(name, parts)
@@ -403,3 +327,13 @@ def test_a_simulation_gives_the_bundle_s_logits(home: Path, build: Callable[...,
         mine = whole.logits(plan, bundle.found, prompt)
         assert sqnr(mine, got) > least, name
         assert sqnr(whole.logits(plan, bundle.found, prompt, less=1), got) < sqnr(mine, got) - 5, name  # the negative twin
+
+
+def test_a_simulation_in_four_bits(home: Path, build: Callable[..., Built], whole: Traced, exact: Path) -> None:
+    bundle = build("four", FOUR, target=DESKTOP)
+    session, prompt, plain = asked_of(home, exact)
+    question = [5, 6, session.program.image_token, 7, 9, 11], [str(home / "pictures" / "1.png")]
+    mine = whole.logits(scheme_of(home, "four"), bundle.found, question)
+    want = theirs_in_four(home, prompt, bundle.found)
+    assert sqnr(mine, want) > 15 + sqnr(mine, plain) > 15, (sqnr(mine, want), sqnr(mine, plain))
+    assert sqnr(mine, theirs_in_four(home, prompt, bundle.found, factor=1.3)) < sqnr(mine, want) - 10  # the negative twin

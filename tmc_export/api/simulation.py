@@ -25,9 +25,11 @@ from tmc_export.core.errors import RecipeError
 from tmc_export.export.checkpoint import TensorSource
 from tmc_export.export.materialize import WeightCache
 from tmc_export.plan.types import Plan, QuantizePlan
+from tmc_export.quantize._fp4_inputs import rounded_by_nvfp4
 from tmc_export.quantize._inputs import TOPS, input_scale
 from tmc_export.quantize._weights import is_kept
 from tmc_export.quantize.calibrated import Calibrated
+from tmc_export.quantize.nvfp4 import global_scale
 from tmc_export.quantize.rounded import READS, rounded_weight, shared_scale
 from tmc_export.surgery.replay import rounded_slots
 
@@ -143,7 +145,7 @@ class Simulation:
                 )
             product = target.product and target.name in self._eager.linears  # the input of a patch embedding stays
             needs_clip = target.scheme.activations is not None and product and target.name not in self._found.clips
-            if needs_clip or (target.scheme.algorithm == "gptq" and target.name not in self._found.codes):
+            if needs_clip or (target.scheme.algorithm != "rtn" and target.name not in self._found.codes):
                 raise RecipeError(
                     f"quantize.calibration: no sample reached '{target.name}', so that its codes are not known; give samples that use it "
                     "(with pictures, or longer), or name it in keep"
@@ -173,7 +175,7 @@ class Simulation:
         divisor, codes = self._found.divisors.get(target.name), target.scheme.activations
         factor = None if divisor is None else torch.from_numpy((1 / divisor.astype(np.float64)).astype(np.float32))
         clip = self._found.clips.get(target.name)
-        step = None if codes is None or clip is None else float(input_scale(clip, TOPS[codes], self._dtype))
+        step = None if codes is None or clip is None else _step(clip, codes, self._dtype)
 
         def change(_: nn.Module, given: tuple[Any, ...]) -> tuple[Tensor, ...] | None:
             if running_kind() in ("compress", "tower") or target.name not in self._active:
@@ -184,10 +186,16 @@ class Simulation:
         return change
 
 
+def _step(clip: float, codes: str, dtype: Any) -> float:
+    return float(global_scale(clip, dtype) if codes == "nvfp4" else input_scale(clip, TOPS[codes], dtype))
+
+
 def _codes(rows: Tensor, step: float, scheme: str) -> Tensor:
-    """What `DequantizeLinear(QuantizeLinear(rows))` gives."""
+    """What the graph's rounding of a product's input gives; `step` is the scale of its tensor."""
     if scheme == "int8":
         return (rows / step).round().clamp(-128, 127) * step
+    if scheme == "nvfp4":
+        return torch.from_numpy(rounded_by_nvfp4(rows.float().numpy(), step))
     top = TOPS[scheme]
     return (rows / step).clamp(-top, top).to(torch.float8_e4m3fn).float() * step
 

@@ -11,14 +11,23 @@ and makes kernels of it that multiply codes with codes; executing them was not r
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 import onnx_ir as ir
 
 from tmc_export.quantize._weights import register
 from tmc_export.quantize.nvfp4 import BLOCK, global_scale
 
-__all__ = ["TOP", "round_to_nvfp4"]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
-TOP = 6.0 * 448.0
+    Array = NDArray[Any]
+
+__all__ = ["TOP", "round_to_nvfp4", "rounded_by_nvfp4"]
+
+_TOP_CODE, _TOP_SCALE = 6.0, 448.0
+TOP = _TOP_CODE * _TOP_SCALE
 """The largest code times the largest block scale: what the end of a range is divided by."""
 
 _DOMAIN, _OPERATOR = "trt", "TRT_FP4DynamicQuantize"
@@ -57,3 +66,23 @@ def round_to_nvfp4(model: ir.Model, reader: ir.Node, source: ir.Value, clip: flo
     model.graph.insert_before(reader, [narrow, inner, outer])
     model.opset_imports[_DOMAIN] = 1
     return outer.outputs[0]
+
+
+def rounded_by_nvfp4(rows: Array, scale: float) -> Array:
+    """Return what the three nodes give.
+
+    Args:
+        rows: float32 `[..., K]`, K a multiple of 16.
+        scale: of the tensor, `g`.
+
+    >>> rounded_by_nvfp4(np.array([6.0, 2.4] + [0.0] * 14, np.float32), 1 / 448)[:2].tolist()
+    [6.0, 2.0]
+    """
+    import ml_dtypes
+
+    blocks = rows.reshape(*rows.shape[:-1], -1, BLOCK)
+    wanted = np.minimum(np.abs(blocks).max(-1, keepdims=True) / np.float32(_TOP_CODE * scale), np.float32(_TOP_SCALE))
+    wide = wanted.astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * np.float32(scale)
+    ratio = np.clip(blocks / np.where(wide > 0, wide, np.float32(1)), -_TOP_CODE, _TOP_CODE)
+    result: Array = (ratio.astype(ml_dtypes.float4_e2m1fn).astype(np.float32) * wide).reshape(rows.shape)
+    return result
