@@ -11,8 +11,9 @@ tiny-llava, SmolLM2-135M behind a random tower, and the random 0.36B decoder of 
 - bytes of `onnx/`, and the times of a prefill and of a token, as a share of fp32's: processes that take turns, `--rounds` of them; 0: the
   times are not run.
 
-int4 is computed at accuracy level 1 (as a device does) but for the times, which are of level 4. A finished row is a file in `--rows`, used
-again while recipe, questions and tmc-export's code for it are the same; rows that are not there are *not run* in the table.
+int4 is computed at accuracy level 1 (as a device does) but for the times, which are of level 4. A finished row is a file in `--rows`; it
+is made anew when it is asked for and its recipe or tmc-export's code for it has changed. Rows that are not there are *not run* in the
+table, and rows of another commit say so. With `--rounds 0` and `--keep` the bundles stay, so that a later run adds the times alone.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import argparse
 import hashlib
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -134,6 +136,7 @@ class Bench:
     base: Path
     rows: Path
     rounds: int
+    keep: bool = False
     cases: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -175,20 +178,22 @@ class Bench:
     def row(self, plan: str, scheme: str, make: bool) -> dict[str, Any] | None:
         """Read a finished row, or make it; None when it is not there and not to be made."""
         given = json.dumps([SCHEMES.get(scheme), self.model.compress[plan], self.model.inputs, TOKENS])
-        key = hashlib.sha256(f"{given} {code_digest()}".encode()).hexdigest()
+        recipe, code = hashlib.sha256(given.encode()).hexdigest(), code_digest()
         file = self.rows / f"{self.name}-{plan}-{scheme}.json"
         found: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-        if found.get("key") != key:
+        if found.get("recipe") != recipe or (make and found["code"] != code):
             found = {}
-        if make and not (found and (found["times"] or not self.rounds)):
-            found = {"key": key, **(found or self._measure(plan, scheme)), "times": self._times(plan, scheme)}
+        if make and not (found and (found["times"] or not self.rounds or scheme == "fp32")):
+            found = {"recipe": recipe, "code": code, **(found or self._measure(plan, scheme)), "times": self._times(plan, scheme)}
+            found["commit"] = commit()
             self.rows.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(found) + "\n", "utf-8")
-            if scheme != "fp32":
+            if scheme != "fp32" and not (self.keep and not self.rounds):
                 shutil.rmtree(self.bundle(plan, scheme))
         return found or None
 
     def _measure(self, plan: str, scheme: str) -> dict[str, Any]:
+        shutil.rmtree(self.base / f"{self.name}-{plan}-{scheme}", ignore_errors=True)  # of other code
         bundle = self.bundle(plan, scheme)
         asked = self.model.questions()
         found = ask(bundle, asked[: len(asked) // 2], threads=None, accuracy=1, tokens=TOKENS)
@@ -244,8 +249,14 @@ class Bench:
         return {"rounds": self.rounds, **ratios}
 
 
-def figure(mine: dict[str, Any], base: dict[str, Any]) -> str:
-    """One cell of the table."""
+def commit() -> str:
+    """The repository's, abbreviated."""
+    done = subprocess.run(["git", "-C", str(REPOSITORY), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def figure(mine: dict[str, Any], base: dict[str, Any], here: str) -> str:
+    """One cell of the table; `here` is the commit that the table is of."""
     kl, same = divergence(mine, base)
     kept = overlap(mine, base)
     changed = sum(a != b for a, b in zip(mine["texts"], base["texts"], strict=True))
@@ -269,10 +280,10 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=REPOSITORY / "out" / "schemes", help="a folder of finished rows")
     parser.add_argument("--keep", help="a folder for models and fp32 bundles that stays")
     options = parser.parse_args()
-    table = []
+    table, here = [], commit()
     with workplace(10 << 30, options.keep) as base:
         for name in MODELS:
-            bench = Bench(name, base, options.rows, options.rounds)
+            bench = Bench(name, base, options.rows, options.rounds, bool(options.keep))
             for plan in PLANS:
                 for scheme in ("fp32", *SCHEMES):
                     chosen = name in options.models and plan in options.plans and scheme in ("fp32", *options.schemes)
@@ -280,12 +291,15 @@ def main() -> None:
                     if scheme == "fp32":
                         exact = mine
                         continue
-                    what, state = f"{name}, {plan}, {scheme}", "*not run*" if mine is None or exact is None else figure(mine, exact)
+                    what, state = f"{name}, {plan}, {scheme}", "*not run*" if mine is None or exact is None else figure(mine, exact, here)
                     table.append({"what": what, "figure": state})
                     if chosen:
                         print(f"{what}: {state}", flush=True)
-                shutil.rmtree(base / f"{name}-{plan}-fp32", ignore_errors=True)
-    print(save("schemes_error", {"what": "Weight schemes beside fp32: every subgraph, the first token, time.", "rows": table}))
+                if options.rounds or not options.keep:
+                    shutil.rmtree(base / f"{name}-{plan}-fp32", ignore_errors=True)
+    print(
+        save("schemes_error", {"what": "Weight schemes beside fp32: every subgraph, the first token, time.", "commit": here, "rows": table})
+    )
 
 
 if __name__ == "__main__":
