@@ -12,7 +12,7 @@ from tmc_export.core.errors import LegalityError
 from tmc_export.engine._memory import estimate_bytes
 from tmc_export.families._contract import ModelFiles
 from tmc_export.plan._launches import slot_bytes
-from tmc_export.plan._weights import block_bytes, embed_bytes, encoder_weights, projector_weights, weight_bytes
+from tmc_export.plan._weights import block_bytes, decoder_linears, embed_bytes, encoder_weights, projector_weights, weight_bytes
 from tmc_export.plan.building import build_memory, builder_of, peak_of_build
 from tmc_export.plan.make import for_this_builder, make_plan, report_plan
 from tmc_export.plan.memory import GIB, room_of, run_memory, shared_in_place
@@ -139,7 +139,10 @@ def test_copies(write: Writer, files: ModelFiles) -> None:
     codes = resolve(write(model="dtype: float32", inputs=SMALL, target="device: cpu", quantize=INT8, source=TINY), tiny)
     assert shared_in_place(small) and shared_in_place(half) and not shared_in_place(codes)
     spared = decoder - sum(block_bytes(codes, b) for b in codes.blocks)
-    assert run_memory(codes, "onnxruntime", memory_tight=True).weights == one.weights - spared
+    runs = {k: d.layers * sum(-(-into // k) * out for into, out in decoder_linears(d).values()) for k in (32, 128)}
+    beside = run_memory(codes, "onnxruntime", memory_tight=True).weights - (one.weights - spared)
+    assert beside == 8 * runs[128], "a sum and a scale of each run of codes"
+    assert run_memory(codes, "onnxruntime").weights == three.weights - 3 * spared + 3 * 8 * runs[32]
     assert run_memory(half, "onnxruntime").weights - embed_bytes(half) == three.weights - embed_bytes(small)
     plan = resolve(write(), files)
     assert run_memory(plan, "tensorrt").copies == 2

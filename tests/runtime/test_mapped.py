@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -195,6 +197,77 @@ def test_only_where_memory_is_tight_the_table_gives_back(tmp_path: Path, tight: 
     made = OnnxRuntimeBackend(write(tmp_path, "float32"), options)
     ask(made, "decode")
     assert (resident(tmp_path / "onnx" / "all.data") == 0) is tight
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_pages_leave_before_a_phase_of_many_rows(tmp_path: Path) -> None:
+    folder = write(tmp_path, "float32")
+    made, data = backend(folder, True), folder / "onnx" / "all.data"
+    for phase, left in (("decode", True), ("chunk", False), ("decode", True), ("prefill", False)):
+        ask(made, "decode")
+        made.graph(f"onnx/{phase}.onnx")  # before it runs; a new session reads the bias
+        assert (resident(data) >= WIDTH * WIDTH * 4 >> 10) is left
+    ask(made, "prefill")
+    made.graph("onnx/prefill.onnx")
+    assert resident(data) < WIDTH * WIDTH * 4 >> 10, "a second prompt is another run"
+
+
+def write_chain(folder: Path) -> Path:
+    """A graph in float16: four products, each behind a norm that onnxruntime fuses."""
+    rng, nodes, last = np.random.default_rng(0), [], "x"
+    tensors = [
+        helper.make_tensor("two", TensorProto.FLOAT, [], [2.0]), helper.make_tensor("eps", TensorProto.FLOAT, [], [1e-5]),
+        helper.make_tensor("ones", TensorProto.FLOAT, [WIDTH], np.ones(WIDTH)),
+    ]  # fmt: skip
+    (folder / "onnx").mkdir(parents=True)
+    with (folder / "onnx" / "all.data").open("wb") as data:
+        for n in range(4):
+            raw = (rng.standard_normal((WIDTH, WIDTH)) / WIDTH**0.5).astype("<f2").tobytes()
+            tensor = onnx.TensorProto(name=f"w{n}", data_type=TensorProto.FLOAT16, dims=(WIDTH, WIDTH), data_location=TensorProto.EXTERNAL)
+            for key, value in (("location", "all.data"), ("offset", data.tell()), ("length", data.write(raw))):
+                tensor.external_data.add(key=key, value=str(value))
+            tensors.append(tensor)
+            steps = [
+                ("Cast", [last], "wide"), ("Pow", ["wide", "two"], "square"), ("ReduceMean", ["square"], "mean"),
+                ("Add", ["mean", "eps"], "safe"), ("Sqrt", ["safe"], "root"), ("Div", ["wide", "root"], "norm"),
+                ("Mul", ["norm", "ones"], "scaled"), ("Cast", ["scaled"], "half"), ("MatMul", ["half", f"w{n}"], "y"),
+            ]  # fmt: skip
+            inner = {name for _, _, name in steps}
+            for kind, ends, name in steps:
+                kwargs = {"to": TensorProto.FLOAT if name == "wide" else TensorProto.FLOAT16} if kind == "Cast" else {}
+                source = [f"{end}{n}" if end in inner else end for end in ends]
+                nodes.append(helper.make_node(kind, source, [f"{name}{n}"], **kwargs))
+            last = f"y{n}"
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, [5, WIDTH]) for name in ("x", last)]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    (folder / "onnx" / "prefill.onnx").write_bytes(model.SerializeToString())
+    return folder
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_weight_is_widened_before_its_product(tmp_path: Path, ordered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float16 one weight at a time is float32; the twin is onnxruntime's own order, in which it is more."""
+    folder = write_chain(tmp_path / "bundle")
+    right, of = ort.InferenceSession, MappedWeights.of
+
+    def session(model: str | bytes, options: ort.SessionOptions, **named: object) -> ort.InferenceSession:
+        options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
+        return right(model, options, **named)
+
+    monkeypatch.setattr(ort, "InferenceSession", session)
+    if not ordered:
+        monkeypatch.setattr(MappedWeights, "of", lambda *given: replace(of(*given), widens=False))
+    graph = backend(folder, True).graph("onnx/prefill.onnx")
+    graph.run({"x": np.ones((5, WIDTH), np.float16)})
+    events = json.loads(Path(graph._session.end_profiling()).read_text("utf-8"))
+    done = sorted((e["ts"], e["args"]["op_name"], int(e["args"]["output_size"])) for e in events if e["name"].endswith("_kernel_time"))
+    big = [kind for _, kind, size in done if size >= WIDTH * WIDTH * 4]
+    wide = most = 0
+    for _, kind, size in done:
+        wide += (kind == "Cast" and size >= WIDTH * WIDTH * 4) - (kind in ("MatMul", "Gemm"))
+        most = max(most, wide)
+    assert big == ["Cast"] * 4 and (most == 1) is ordered
 
 
 def test_a_weight_file_that_is_cut_short(tmp_path: Path) -> None:

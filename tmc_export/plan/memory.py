@@ -3,8 +3,8 @@
 onnxruntime keeps a packed copy of a block's weights per session, and one session per phase: three copies. Measured (1.31, CPU, three
 sessions): 778 MiB for 256 of float32, 779 for 128 of float16, which every session turns into float32. Under `memory_tight` floating-point
 weights stay in the file's pages, which are mapped once, and float16 is turned into float32 one weight at a time by each run. Sessions with
-codes take turns, one phase at a time. Nothing is kept between runs, nor the token table. `benchmarks/memory_tight.py` measures it; the
-process itself (Python, onnxruntime: about 70 MB) is not reckoned.
+codes take turns, one phase at a time; beside int4 and int8 codes of weights alone onnxruntime keeps their sums. Nothing is kept between
+runs, nor the token table. `benchmarks/memory_tight.py` measures it; the process itself (Python, onnxruntime: about 70 MB) is not reckoned.
 TensorRT engines of decode width 1 store float16 weights, and codes that meet codes of activations, twice; of width 2 all once. Codes of
 weights alone are stored once at width 1, too (`benchmarks/decode_width.py`); a width of 1 is reckoned with two copies of all nevertheless.
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from tmc_export.core.errors import LegalityError
 from tmc_export.plan._flops import vision_tokens
 from tmc_export.plan._launches import kv_bytes
-from tmc_export.plan._weights import WIDTHS, block_bytes, cut_bytes, embed_bytes, tower_bytes, vision_bytes
+from tmc_export.plan._weights import WIDTHS, block_bytes, cut_bytes, decoder_linears, embed_bytes, tower_bytes, vision_bytes
 from tmc_export.plan.rows import ROW_BLOCK, handed_rows
 from tmc_export.plan.types import BlockPlan, CutPlan, Plan, TowerPlan, VisionPlan
 from tmc_export.recipe import Device, Recipe
@@ -109,6 +109,7 @@ def run_memory(plan: Plan, runtime: str, memory_tight: bool = False) -> RunMemor
             block_activations(plan, block, t, p, ort) for t, p in ((block.tokens, 0), (plan.chunk, block.capacity), (width, block.capacity))
         ]
         acts += sum(phases) if ort and not tight else max(phases)
+    blocks += sum(_sums(plan, block, tight) for block in plan.blocks) if ort else 0
     weights = copies * blocks + unpacked * others + (_widened(plan) if tight else embed_bytes(plan))
     return RunMemory(weights, sum(kv_bytes(plan, b) for b in plan.blocks), plan.batch * acts, copies)
 
@@ -130,6 +131,18 @@ def _packed(plan: Plan, block: BlockPlan, unpacked: int) -> int:
         return unpacked * block_bytes(plan, block)
     tail = block_bytes(plan, block) - block_bytes(plan, _headless(block))
     return block_bytes(plan, _headless(block)) + unpacked * tail
+
+
+def _sums(plan: Plan, block: BlockPlan, tight: bool) -> int:
+    """What onnxruntime's `MatMulNBits` keeps beside codes: a float32 sum per run of codes; of int8 the scale of each run, too.
+
+    It cuts int8 codes into runs itself: of 32, under `memory_tight` of 128 and more.
+    """
+    scheme = plan.quantize.get("decoder")
+    if scheme is None or scheme.activations is not None or scheme.weights not in ("int4", "int8"):
+        return 0
+    runs, each = (scheme.block or 32, 4) if scheme.weights == "int4" else (128 if tight else 32, 8)
+    return (block.last - block.first) * each * sum(-(-into // runs) * out for into, out in decoder_linears(plan.facts.decoder).values())
 
 
 def _headless(block: BlockPlan) -> BlockPlan:

@@ -47,11 +47,13 @@ class SharedWeights:
         others: bytes of weights of other types, which a session holds itself; 0 when they are below a MiB.
         model: the graph with the large ones of `values` as inputs that have a default; None: as it is in its file, all weights being
             float32.
+        widens: some of those inputs are float16, so that each run turns them into float32.
     """
 
     values: Mapping[str, ort.OrtValue]
     others: int
     model: bytes | None = None
+    widens: bool = False
 
 
 class MappedWeights:
@@ -86,7 +88,8 @@ class MappedWeights:
                 values[tensor.name] = value
                 if not small:
                     inputs.append(tensor)
-        return SharedWeights(values, others if others >= _SMALL else 0, None if plain else with_graph_inputs(model, inputs))
+        widens = any(tensor.type == _FLOAT16 for tensor in inputs)
+        return SharedWeights(values, others if others >= _SMALL else 0, None if plain else with_graph_inputs(model, inputs), widens)
 
     def give_back(self, graph: Path) -> None:
         """Take the pages of a graph that reads few rows out of the process; the next run finds its rows in the system's cache or the file.
@@ -98,6 +101,12 @@ class MappedWeights:
             path = path_in(graph.parent, location, f"the graph {graph.name}")
             if path in self._files and path not in self._whole and hasattr(mmap, "MADV_DONTNEED"):  # Windows has none
                 self._files[path][0].madvise(mmap.MADV_DONTNEED)
+
+    def leave(self) -> None:
+        """Take the pages of all files out of the process: what the next runs read comes back from the system's cache or the file."""
+        for mapped, _ in self._files.values():
+            if hasattr(mmap, "MADV_DONTNEED"):  # Windows has none
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     def _value(self, graph: Path, tensor: ExternalTensor, rows: bool) -> ort.OrtValue | None:
         """The weight where it is mapped; None when onnxruntime copies it: then the session reads the file itself."""

@@ -174,6 +174,7 @@ class OnnxRuntimeBackend(HostMemory):
             )
         self._graphs: dict[str, _OrtGraph] = {}
         self._mapped = MappedWeights()
+        self._phase: str | None = None
         if options.memory_tight and options.provider == "cpu":
             give_back_large_blocks()
 
@@ -184,8 +185,8 @@ class OnnxRuntimeBackend(HostMemory):
             BundleError: onnxruntime refuses the file, or the provider cannot run all of it.
             ResourceError: not enough memory to load it, or the provider does not start.
         """
+        self._enter(file)
         if file not in self._graphs:
-            self._make_room(file)
             options = ort.SessionOptions()
             options.log_severity_level = 3
             if file not in self._options.spin:
@@ -218,6 +219,12 @@ class OnnxRuntimeBackend(HostMemory):
             options.add_initializer(name, value)
         if not shared.others:
             options.add_session_config_entry("session.disable_prepacking", "1")
+        options.add_session_config_entry("session.qdq_matmulnbits_block_size", "-1")  # else a scale per 32 of int8 codes, twice
+        if shared.widens:
+            # In onnxruntime's own order most weights are widened before the first product. By priority, weights come in the order of their
+            # products, unless its fusions, which would be ready after all weights, stand between.
+            options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         if shared.model is not None:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False
@@ -227,12 +234,21 @@ class OnnxRuntimeBackend(HostMemory):
         """What follows each run of a graph: of the token table, where memory is tight, no more than its rows is kept."""
         return partial(self._mapped.give_back, path) if weights is not None and file in self._options.host else None
 
-    def _make_room(self, file: str) -> None:
-        """Where memory is tight, give back the sessions of other phases that hold weights themselves: they are loaded when needed again."""
+    def _enter(self, file: str) -> None:
+        """Where memory is tight, make room for a run.
+
+        Sessions of other phases that hold weights themselves are given back, and loaded when they are needed again. Before many rows the
+        pages of mapped files leave, too: activations are largest then, and the head is read last.
+        """
         phase = self._options.phases.get(file)
-        if self._options.memory_tight and phase is not None:
+        if not self._options.memory_tight or phase is None:
+            return
+        if phase != self._phase:
             for other in [f for f, g in self._graphs.items() if g.copies and self._options.phases.get(f, phase) != phase]:
                 del self._graphs[other]
+        self._phase = phase
+        if phase != "decode":
+            self._mapped.leave()
 
     def _providers(self, file: str, options: ort.SessionOptions) -> list[str]:
         """Name the providers of a session. But for the token table nothing may be left to the CPU, where it would be slow in silence."""
