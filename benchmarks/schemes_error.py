@@ -8,8 +8,8 @@ tiny-llava, SmolLM2-135M behind a random tower, and the random 0.36B decoder of 
 - of questions about pictures: KL divergence of the first token (nats), how often the best token is the same, kept tokens that are the
   same, answers of 8 tokens that changed; for methods that select the same changes again, simulated (as `tmc-export quantize` does),
   with every choice held as it is in fp32;
-- bytes of `onnx/`, and the times of a prefill and of a token, as a share of fp32's: processes that take turns, `--rounds` of them; 0: the
-  times are not run.
+- bytes of `onnx/`, and the times of a prefill and of a token, as a share of fp32's: all schemes and fp32 take turns in processes of their
+  own, `--rounds` times; 0: the times are not run.
 
 int4 is computed at accuracy level 1 (as a device does) but for the times, which are of level 4. A finished row is a file in `--rows`; it
 is made anew when it is asked for and its recipe or tmc-export's code for it has changed. Rows that are not there are *not run* in the
@@ -24,7 +24,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "examples" / "tiny-llava")]
 
 from benchmarks._answers import ask, divergence, overlap  # noqa: E402
-from benchmarks._common import alternate, child_memory, paired, save, workplace  # noqa: E402
+from benchmarks._common import alternate, child_memory, hardware, paired, save, workplace  # noqa: E402
 from benchmarks._decoder036b import measure  # noqa: E402
 from benchmarks.schemes_accuracy import SCHEMES, code_digest, wants_data  # noqa: E402
 
@@ -136,7 +136,6 @@ class Bench:
     base: Path
     rows: Path
     rounds: int
-    keep: bool = False
     cases: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -176,21 +175,35 @@ class Bench:
         return {"images": str(folder), "prompts": str(folder / "prompts.jsonl"), "samples": len(lines)}
 
     def row(self, plan: str, scheme: str, make: bool) -> dict[str, Any] | None:
-        """Read a finished row, or make it; None when it is not there and not to be made."""
+        """Read a finished row, or make it but for its times; None when it is not there and not to be made."""
         given = json.dumps([SCHEMES.get(scheme), self.model.compress[plan], self.model.inputs, TOKENS])
         recipe, code = hashlib.sha256(given.encode()).hexdigest(), code_digest()
-        file = self.rows / f"{self.name}-{plan}-{scheme}.json"
+        file = self._file(plan, scheme)
         found: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
         if found.get("recipe") != recipe or (make and found["code"] != code):
             found = {}
-        if make and not (found and (found["times"] or not self.rounds or scheme == "fp32")):
-            found = {"recipe": recipe, "code": code, **(found or self._measure(plan, scheme)), "times": self._times(plan, scheme)}
-            found["commit"] = commit()
+        if make and not found:
+            found = {"recipe": recipe, "code": code, "commit": commit(), **self._measure(plan, scheme), "times": {}}
             self.rows.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(found) + "\n", "utf-8")
-            if scheme != "fp32" and not (self.keep and not self.rounds):
-                shutil.rmtree(self.bundle(plan, scheme))
         return found or None
+
+    def _file(self, plan: str, scheme: str) -> Path:
+        return self.rows / f"{self.name}-{plan}-{scheme}.json"
+
+    def time(self, plan: str, schemes: Sequence[str]) -> None:
+        """Add the times that finished rows lack: ratios to fp32, all schemes taking turns with it."""
+        rows = {scheme: json.loads(self._file(plan, scheme).read_text("utf-8")) for scheme in schemes if self._file(plan, scheme).is_file()}
+        missing = [scheme for scheme, found in rows.items() if not found["times"]]
+        if not missing or not self.rounds:
+            return
+        bundles = {name: self.bundle(plan, name) for name in ("fp32", *missing)}
+        turns = {name: partial(measure, path, self.model.prefills, self.model.tokens) for name, path in bundles.items()}
+        runs = alternate(turns, self.rounds)
+        for scheme in missing:
+            ratios = {key: paired(runs[scheme], runs["fp32"], key) for key in ("prefill_ms", "token_ms")}
+            times = {"rounds": self.rounds, "load": hardware()["load_average_1min"], **ratios}
+            self._file(plan, scheme).write_text(json.dumps({**rows[scheme], "times": times}) + "\n", "utf-8")
 
     def _measure(self, plan: str, scheme: str) -> dict[str, Any]:
         shutil.rmtree(self.base / f"{self.name}-{plan}-{scheme}", ignore_errors=True)  # of other code
@@ -239,15 +252,6 @@ class Bench:
                 found[name] = min(before, check.metrics.sqnr_db)
         return {name: None if dB is None else round(min(dB, 999.0), 2) for name, dB in found.items()}
 
-    def _times(self, plan: str, scheme: str) -> dict[str, Any]:
-        """Ratios to fp32, and fp32's own medians."""
-        if not self.rounds or scheme == "fp32":
-            return {}
-        pair = {name: self.bundle(plan, name) for name in ("fp32", scheme)}
-        runs = alternate({n: partial(measure, path, self.model.prefills, self.model.tokens) for n, path in pair.items()}, self.rounds)
-        ratios = {key: paired(runs[scheme], runs["fp32"], key) for key in ("prefill_ms", "token_ms")}
-        return {"rounds": self.rounds, **ratios}
-
 
 def commit() -> str:
     """The repository's, abbreviated."""
@@ -255,8 +259,8 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def figure(mine: dict[str, Any], base: dict[str, Any], here: str) -> str:
-    """One cell of the table; `here` is the commit that the table is of."""
+def figure(mine: dict[str, Any], base: dict[str, Any]) -> str:
+    """One cell of the table."""
     kl, same = divergence(mine, base)
     kept = overlap(mine, base)
     changed = sum(a != b for a, b in zip(mine["texts"], base["texts"], strict=True))
@@ -268,6 +272,7 @@ def figure(mine: dict[str, Any], base: dict[str, Any], here: str) -> str:
         f"SQNR {noise or 'all equal'} dB; KL {kl:.2g}, best token the same {same:.0%}; "
         + ("" if kept is None else f"kept {kept:.1%}; ")
         + f"{changed} of {len(mine['texts'])} answers changed{held}; {mine['bytes'] / base['bytes']:.2f} of the bytes; {took}"
+        + ("" if mine["code"] == code_digest() else f"; on {mine['commit']}")
     )
 
 
@@ -280,26 +285,27 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=REPOSITORY / "out" / "schemes", help="a folder of finished rows")
     parser.add_argument("--keep", help="a folder for models and fp32 bundles that stays")
     options = parser.parse_args()
-    table, here = [], commit()
-    with workplace(10 << 30, options.keep) as base:
+    table = []
+    with workplace(16 << 30, options.keep) as base:
         for name in MODELS:
-            bench = Bench(name, base, options.rows, options.rounds, bool(options.keep))
+            bench = Bench(name, base, options.rows, options.rounds)
             for plan in PLANS:
-                for scheme in ("fp32", *SCHEMES):
-                    chosen = name in options.models and plan in options.plans and scheme in ("fp32", *options.schemes)
-                    mine = bench.row(plan, scheme, chosen)
-                    if scheme == "fp32":
-                        exact = mine
-                        continue
-                    what, state = f"{name}, {plan}, {scheme}", "*not run*" if mine is None or exact is None else figure(mine, exact, here)
-                    table.append({"what": what, "figure": state})
-                    if chosen:
-                        print(f"{what}: {state}", flush=True)
+                chosen = [scheme for scheme in SCHEMES if name in options.models and plan in options.plans and scheme in options.schemes]
+                for scheme in ("fp32", *chosen) if chosen else ():
+                    bench.row(plan, scheme, make=True)
+                bench.time(plan, chosen)
+                exact = bench.row(plan, "fp32", make=False)
+                for scheme in SCHEMES:
+                    mine = bench.row(plan, scheme, make=False)
+                    what = f"{name}, {plan}, {scheme}"
+                    table.append({"what": what, "figure": "*not run*" if mine is None or exact is None else figure(mine, exact)})
+                    if scheme in chosen:
+                        print(f"{what}: {table[-1]['figure']}", flush=True)
                 if options.rounds or not options.keep:
-                    shutil.rmtree(base / f"{name}-{plan}-fp32", ignore_errors=True)
-    print(
-        save("schemes_error", {"what": "Weight schemes beside fp32: every subgraph, the first token, time.", "commit": here, "rows": table})
-    )
+                    for scheme in ("fp32", *SCHEMES):
+                        shutil.rmtree(base / f"{name}-{plan}-{scheme}", ignore_errors=True)
+    what = "Weight schemes beside fp32: every subgraph, the first token, time."
+    print(save("schemes_error", {"what": what, "commit": commit(), "rows": table}))
 
 
 if __name__ == "__main__":
