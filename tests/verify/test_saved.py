@@ -19,6 +19,8 @@ from tests._tiny import RECIPE, listing, tmc, write_recipe
 from tmc_export.bundle.read import open_manifest
 from tmc_export.bundle.write import seal
 from tmc_export.core.errors import ParityError, RuntimeInputError
+from tmc_export.runtime.session import load
+from tmc_export.verify import replay as replaying
 from tmc_export.verify.ladder import saved_ladder
 from tmc_export.verify.recorded import FOLDER, read_cases, write_case
 from tmc_export.verify.saved import Saved, read_outputs, write_outputs
@@ -85,6 +87,7 @@ def test_the_file_says_what_the_page_says(built: Path, played: Path) -> None:
     assert whats == {"logits", "tokens", "rows", "picture.0.tokens", "kept.1.0"}
     recorded = {p.stem: hashlib.sha256(p.read_bytes()).hexdigest() for p in (built / "parity").glob("*.npz")}
     assert meta["conversations"] == recorded and meta["outputs"] == 1 and meta["routes"] == ["auto", "chunked"]
+    assert meta["products"] == "float32"
     printed = subprocess.run(
         ["sha256sum", *sorted(f"onnx/{p.name}" for p in (built / "onnx").iterdir())], cwd=built, capture_output=True, check=True
     )
@@ -110,6 +113,25 @@ def test_half_precision_files_are_read(built: Path, damaged: Callable[[Change], 
     assert saved_ladder(built, path).passed
     path = damaged(lambda a: a.update({n: v.astype(np.float16) for n, v in a.items() if n.endswith(".logits")}))
     assert not saved_ladder(built, path).passed
+
+
+def test_tf32_is_judged_as_half_precision(built: Path, played: Path, tmp_path: Path) -> None:
+    """What 10 bits of mantissa do to logits passes where the file says so, and fails where it does not."""
+    saved, ladders = read_outputs(played), {}
+    assert saved.products == "float32", "onnxruntime on a CPU"
+    rounded = {n: v.astype(np.float16).astype(np.float32) if n.endswith(".logits") else v for n, v in saved.arrays.items()}
+    for products in ("tf32", "float32"):
+        write_outputs(tmp_path / "file.npz", replace(saved, arrays=rounded, products=products))
+        ladders[products] = saved_ladder(built, tmp_path / "file.npz")
+    assert ladders["tf32"].passed and not ladders["float32"].passed
+    assert "judged as float16, because its float32 is TF32" in ladders["tf32"].text() and "TF32" not in ladders["float32"].text()
+
+
+def test_a_device_s_products_are_tf32(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replaying, "load", lambda bundle, backend, **named: load(bundle, **named))  # onnxruntime in a device's place
+    assert {b: replaying.replay(built, backend=b, routes=["auto"]).products for b in ("tensorrt-rtx", "onnxruntime")} == {
+        "tensorrt-rtx": "tf32", "onnxruntime": "float32",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("verb", ["replay", "verify"])
@@ -266,7 +288,7 @@ def test_what_is_no_such_file_is_one_line(built: Path, played: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("meta", "says"),
     [({"outputs": 2}, "version 2"), ({"routes": ["chunked"]}, "it takes 'auto'"), ({"routes": ["auto", "sideways"]}, "it takes 'auto'"),
-     ({"conversations": 3}, "cannot be read")],
+     ({"conversations": 3}, "cannot be read"), ({"products": "int8"}, "products are 'int8'; it takes float32 or tf32")],
 )  # fmt: skip
 def test_meta_is_checked(played: Path, tmp_path: Path, meta: dict[str, object], says: str) -> None:
     with np.load(played, allow_pickle=False) as data:

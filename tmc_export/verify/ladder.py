@@ -23,7 +23,7 @@ from tmc_export.plan.source import fetch_source, read_model_files
 from tmc_export.plan.types import Plan
 from tmc_export.recipe.recipe import Recipe
 from tmc_export.runtime.session import load
-from tmc_export.verify.on_device import NO_GPU, RUNG, device_rung
+from tmc_export.verify.on_device import NO_GPU, RUNG, device_precision, device_rung
 from tmc_export.verify.play import play
 from tmc_export.verify.recorded import Case, read_cases
 from tmc_export.verify.rungs import Ladder, Rung, not_run, rung_of
@@ -130,10 +130,12 @@ def saved_ladder(bundle: Path, outputs: Path, progress: Progress = lambda _: Non
         raise RuntimeInputError(f"{bundle} holds no recorded conversations to compare with; build it without --no-record")
     check_identity(outputs, saved, manifest)
     precision = precision_of_manifest(manifest)
-    checks = list(judge_saved(saved, manifest.program, cases, tolerance("end_to_end", precision), precision))
+    judged = device_precision(precision) if saved.products == "tf32" else precision
+    checks = list(judge_saved(saved, manifest.program, cases, tolerance("end_to_end", judged), judged))
     steps = sum(len(t.expected.tokens) for c in cases for t in c.turns)
     how = "prefilled whole and in chunks" if "chunked" in saved.routes else "in chunks: not run"
-    return Ladder((files, rung_of(SAVED, checks, f"made by {saved.made_by}; {len(cases)} conversations, {steps} steps, {how}")))
+    row = f", judged as {judged}, because its float32 is TF32" if judged != precision else ""
+    return Ladder((files, rung_of(SAVED, checks, f"made by {saved.made_by}{row}; {len(cases)} conversations, {steps} steps, {how}")))
 
 
 def precision_of_manifest(manifest: Manifest) -> Precision:

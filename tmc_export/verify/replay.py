@@ -58,4 +58,5 @@ def replay(
                 arrays |= {f"{route}.{case.name}.{number}.{name}": array for name, array in found.items()}
     conversations, graphs = identity_of(session.manifest)
     made_by = f"tmc-export {__version__}, {backend}, {platform.machine()} {platform.system()}"
-    return Saved(conversations, graphs, tuple(r for r in ROUTES if r in routes), made_by, arrays)
+    products = "float32" if backend == "onnxruntime" else "tf32"  # see on_device
+    return Saved(conversations, graphs, tuple(r for r in ROUTES if r in routes), made_by, arrays, products)

@@ -39,6 +39,7 @@ VERSION = 1
 """Version of the file; a reader refuses another one."""
 ROUTES = ("auto", "chunked")
 """How a conversation may be played; see `Decoder.turn`. `auto` must be there."""
+_PRODUCTS = ("float32", "tf32")
 _INTEGERS = ("tokens", "rows")
 
 
@@ -52,6 +53,7 @@ class Saved:
         routes: which were played.
         made_by: what played them, for people.
         arrays: by full name.
+        products: what products of float32 rounded their inputs to: `float32`, or `tf32` (see `on_device`).
     """
 
     conversations: Mapping[str, str]
@@ -59,6 +61,7 @@ class Saved:
     routes: tuple[str, ...]
     made_by: str
     arrays: Mapping[str, Array]
+    products: str = "float32"
 
 
 def identity_of(manifest: Manifest) -> tuple[dict[str, str], str]:
@@ -104,6 +107,7 @@ def write_outputs(path: Path, saved: Saved) -> None:
         "graphs": saved.graphs,
         "routes": list(saved.routes),
         "made_by": saved.made_by,
+        "products": saved.products,
     }
     handle, part = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     try:
@@ -134,7 +138,7 @@ def read_outputs(path: Path) -> Saved:
             raise RuntimeInputError(f"{path} has version {version!r}, this tmc-export reads {VERSION}; write it with the same tmc-export")
         routes = tuple(str(r) for r in meta["routes"])
         conversations = {str(k): str(v) for k, v in dict(meta["conversations"]).items()}
-        saved = Saved(conversations, str(meta["graphs"]), routes, str(meta["made_by"]), arrays)
+        saved = Saved(conversations, str(meta["graphs"]), routes, str(meta["made_by"]), arrays, str(meta.get("products", "float32")))
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, BadZipFile, zlib.error) as error:
         raise RuntimeInputError(
             f"{path} cannot be read as saved outputs ({type(error).__name__}: {' '.join(str(error).split())}); "
@@ -142,6 +146,8 @@ def read_outputs(path: Path) -> Saved:
         ) from error
     if "auto" not in routes or not set(routes) <= set(ROUTES) or len(set(routes)) != len(routes):
         raise RuntimeInputError(f"{path} has the routes {list(routes)}; it takes 'auto', and 'chunked' if that was played too")
+    if saved.products not in _PRODUCTS:
+        raise RuntimeInputError(f"{path} says that products are {saved.products!r}; it takes {' or '.join(_PRODUCTS)}")
     return saved
 
 
