@@ -34,7 +34,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "examples" / "tiny-llava")]
 
 from benchmarks._answers import ask, divergence, overlap  # noqa: E402
-from benchmarks._common import alternate, child_memory, hardware, paired, save, workplace  # noqa: E402
+from benchmarks._common import alternate, hardware, paired, save, workplace  # noqa: E402
 from benchmarks._decoder036b import measure  # noqa: E402
 from benchmarks.schemes_accuracy import SCHEMES, code_digest, wants_data  # noqa: E402
 
@@ -144,7 +144,10 @@ class Bench:
         return MODELS[self.name]
 
     def bundle(self, plan: str, scheme: str) -> Path:
-        """Build a row's bundle, in a process of its own, unless it is there."""
+        """Build a row's bundle, unless it is there. Schemes share the traced graphs; `tests/api/test_traced.py` shows that they are equal."""
+        from tests._traced import traced_once
+        from tmc_export.api.bundling import build_bundle
+
         out = self.base / f"{self.name}-{plan}-{scheme}"
         if not (out / "manifest.json").is_file():
             quantize: dict[str, Any] = dict(SCHEMES.get(scheme, {}))
@@ -157,7 +160,8 @@ class Bench:
             }  # fmt: skip
             path = out.with_suffix(".json")
             path.write_text(json.dumps(recipe), "utf-8")
-            child_memory([sys.executable, "-m", "benchmarks._build", str(path), str(out)])
+            with traced_once():
+                build_bundle(path, out, record=False, engines=False)
         return out
 
     def _data(self, name: str = "seen") -> dict[str, Any]:
