@@ -32,6 +32,25 @@ def test_the_table_is_the_one_written_here() -> None:
 
 
 @pytest.mark.parametrize("capability", RTX_CAPABILITIES)
+@pytest.mark.parametrize("scheme", ["fp16", "int8", "fp8"])
+def test_slots_are_taken_or_refused_at_their_line(scheme: str, capability: str, write: Writer, files: ModelFiles) -> None:
+    assert scheme in BUILT and "kv" in PARTS_OF[scheme] and {s for s in BUILT if "kv" in PARTS_OF[s]} == {"fp16", "int8", "fp8"}
+    recipe = write(
+        inputs="images: 1, text_tokens: 8, new_tokens: 8",
+        quantize=f"{{kv: {{weights: {scheme}}}{'' if scheme == 'fp16' else f', {DATA}'}}}",
+        target=f"device: rtx-5090, runtime: tensorrt-rtx, compute_capabilities: {sorted({capability, '12.0'})}",
+    )
+    if number(capability) >= number(LEAST[scheme]):
+        make_plan(recipe, files)
+        return
+    with pytest.raises(LegalityError) as caught:
+        make_plan(recipe, files)
+    place = recipe.origin(("quantize", "kv", "weights"))
+    fix = f"write int8, or leave {capability} out of the target"
+    assert str(caught.value) == f"{place}: fp8 does not build for compute capability {capability}, it needs 8.9; {fix}"
+
+
+@pytest.mark.parametrize("capability", RTX_CAPABILITIES)
 @pytest.mark.parametrize(("scheme", "part"), PARTS)
 def test_a_scheme_is_taken_or_refused_at_its_line(scheme: str, part: str, capability: str, write: Writer, files: ModelFiles) -> None:
     block = f", block: {BLOCKS_OF[scheme][0]}" if scheme in BLOCKS_OF else ""

@@ -230,6 +230,9 @@ def test_notes(write: Writer, files: ModelFiles) -> None:
     kv = {"quantize": "{kv: {weights: int8}, calibration: {images: a, prompts: b.jsonl}}", "target": "device: cpu, runtime: onnxruntime"}
     assert "onnxruntime widens int8 slots in each run" in " | ".join(report_plan(write(**kv), files).notes)
     assert "widens" not in " | ".join(report_plan(write(model="dtype: float32", **kv), files).notes)
+    kv["quantize"] = kv["quantize"].replace("int8", "fp8")
+    eighth = " | ".join(report_plan(write(model="dtype: float32", **kv), files).notes)
+    assert "onnxruntime widens fp8 slots in each run" in eighth and "fp8 of the" not in eighth
     given = "calibration: {images: a, prompts: b.jsonl, observer: percentile, samples: 7}"
     eight = "{weights: int8, activations: int8, smooth: 0.5, keep: [q_proj]}"
     ranges = report_plan(write(quantize=f"{{encoder: {eight}, decoder: {eight}, {given}}}"), files).notes

@@ -72,11 +72,42 @@ WRONG: list[Wrong] = [
         ("bf16 weights take as many bytes as float16", "model.dtype: float32"),
     ),
     (
-        "fp8 slots, not built",
+        "fp8 slots on ampere",
+        (),
+        {"quantize": f"{{kv: {{weights: fp8}}, {DATA}}}", "target": "device: rtx-a2000-laptop, runtime: tensorrt-rtx"},
+        "5:26",
+        ("fp8 does not build for compute capability 8.6, it needs 8.9; write int8, or leave 8.6 out of the target",),
+    ),
+    (
+        "fp8 slots on orin",
+        (),
+        {"quantize": f"{{kv: {{weights: fp8}}, {DATA}}}"},
+        "5:26",
+        ("fp8 does not run on 'jetson-agx-orin-64gb'; it has fp32, fp16, int8, int4",),
+    ),
+    (
+        "fp8 slots in a board's engines",
+        (),
+        {"quantize": f"{{kv: {{weights: fp8}}, {DATA}}}", "target": "device: jetson-agx-thor, runtime: tensorrt"},
+        "5:26",
+        ("quantize.kv.weights: fp8 slots are built for onnxruntime and tensorrt-rtx", "one scale per tensor", "write weights: fp16"),
+    ),
+    (
+        "fp8 slots without data",
         (),
         {"quantize": "{kv: {weights: fp8}}", "target": "device: cpu, runtime: onnxruntime"},
         "5:26",
-        ("quantize.kv.weights: fp8 slots are not built yet: ONNX's Concat and ScatterND", "write weights: int8"),
+        ("quantize.kv.weights: fp8 is found on data; add quantize.calibration",),
+    ),
+    (
+        "fp8 slots and an observer of equal steps",
+        (),
+        {
+            "quantize": f"{{kv: {{weights: fp8}}, {DATA[:-1]}, observer: mse}}}}",
+            "target": "device: cpu, runtime: onnxruntime",
+        },
+        "5:85",
+        ("observer: mse reckons with equal steps, and the fp8 codes of quantize.kv have none; write minmax or percentile",),
     ),
     (
         "int8 slots in a board's engines",
@@ -90,7 +121,7 @@ WRONG: list[Wrong] = [
         (),
         {"model": "dtype: float32", "quantize": "{kv: {weights: int8}}"},
         "5:26",
-        ("int8 slots have one per head; remove quantize.kv",),
+        ("such slots have one per head; remove quantize.kv",),
     ),
     (
         "int8 slots without data",
@@ -137,6 +168,8 @@ def test_wrong_plans(
         ((), {"quantize": "{encoder: {weights: int8}, projector: {weights: int8}, decoder: {weights: int8}, head: {weights: int8}}"}),
         ((), {"quantize": "{decoder: {weights: fp8, keep: [down_proj]}}", "target": "device: rtx-4090, runtime: tensorrt-rtx"}),
         ((), {"quantize": f"{{decoder: {{{FOUR}}}, {DATA}}}", "target": "device: rtx-5090, runtime: tensorrt-rtx"}),
+        ((), {"quantize": f"{{kv: {{weights: fp8}}, {DATA}}}", "target": "device: rtx-4090, runtime: tensorrt-rtx"}),
+        ((), {"quantize": f"{{kv: {{weights: fp8}}, {DATA}}}", "target": "device: cpu, runtime: onnxruntime"}),
         ((), {"quantize": "{encoder: {weights: nvfp4, block: 16}}", "target": "device: rtx-5090, runtime: tensorrt-rtx"}),
         ((), {"quantize": "{decoder: {weights: nvfp4}, head: {weights: fp8}}", "target": "device: jetson-agx-thor, runtime: tensorrt"}),
         (

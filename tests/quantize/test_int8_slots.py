@@ -17,37 +17,19 @@ import pytest
 
 pytest.importorskip("torch")
 
-from tests._tiny import RECIPE, TEXT_ONLY  # noqa: E402
+from tests._tiny import TEXT_ONLY  # noqa: E402
 from tests.families._small import save_small_llava  # noqa: E402
-from tests.quantize._slots import KV, TEXT_KV, Scales, build_coded, peaks  # noqa: E402
+from tests.quantize._slots import KV, TEXT_KV, Scales, answered, build_coded, failures, operators, peaks, plan_of, recipe, types  # noqa: E402
 from tmc_export.api._slot_codes import slot_codes
 from tmc_export.bundle.program import Program, SlotCodes  # noqa: E402
 from tmc_export.bundle.read import open_manifest  # noqa: E402
 from tmc_export.core.errors import BundleError, ExportError, LegalityError  # noqa: E402
 from tmc_export.passes import pipeline  # noqa: E402
-from tmc_export.plan.make import make_plan  # noqa: E402
-from tmc_export.plan.notes import TRACED  # noqa: E402
-from tmc_export.plan.source import read_model_files  # noqa: E402
-from tmc_export.plan.types import Plan  # noqa: E402
-from tmc_export.recipe import load_recipe  # noqa: E402
 from tmc_export.runtime._backend import Backend, BackendOptions, Graph, open_backend  # noqa: E402
 from tmc_export.runtime.session import load  # noqa: E402
 from tmc_export.verify.ladder import climb, recorded_ladder  # noqa: E402
-from tmc_export.verify.record import answer, made_up_scripts  # noqa: E402
-from tmc_export.verify.recorded import Case  # noqa: E402
-from tmc_export.verify.reference import Reference  # noqa: E402
-from tmc_export.verify.subgraphs import check_subgraphs  # noqa: E402
-from tmc_export.verify.tolerances import tolerance  # noqa: E402
 
-FASTV = "{at: decoder.1, method: fastv, keep: 4}"
 LAYERS = 2
-
-
-def recipe(folder: Path, name: str, compress: str = FASTV, quantize: str = KV, dtype: str = "float32", text: str = RECIPE) -> Path:
-    changed = text.replace(FASTV, compress).replace("quantize: {}", f"quantize: {quantize}").replace("dtype: float32", f"dtype: {dtype}")
-    path = folder / f"{name}.yaml"
-    path.write_text(changed, "utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -66,19 +48,6 @@ def scales(folder: Path) -> Scales:
 @pytest.fixture(scope="module")
 def coded(folder: Path, scales: Scales) -> Path:
     return build_coded(recipe(folder, "coded"), folder / "coded", scales, record=True)
-
-
-def plan_of(path: Path, model: Path) -> Plan:
-    return make_plan(load_recipe(path), read_model_files(model))[0]
-
-
-def operators(bundle: Path, file: str) -> list[str]:
-    return [node.op_type for node in onnx.load(bundle / file, load_external_data=False).graph.node]
-
-
-def types(bundle: Path, file: str) -> dict[str, int]:
-    graph = onnx.load(bundle / file, load_external_data=False).graph
-    return {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)}
 
 
 # ------------------------------------------------------------------------------------------------------------ what is there
@@ -119,17 +88,6 @@ def test_every_rung_holds(coded: Path, folder: Path) -> None:
     assert cost and all(20 < c.metrics.sqnr_db < 50 for c in cost if c.metrics is not None), "rounding is no more than that, and is seen"
     assert rungs["quantized"].worst is not None and rungs["quantized"].worst.sqnr_db > 60
     assert recorded_ladder(coded).passed
-
-
-def answered(path: Path, model: Path, codes: SlotCodes | None, script: str = "one") -> list[Case]:
-    plan, files = plan_of(path, model), read_model_files(model)
-    reference = Reference(model, plan, trace=True, codes=codes)
-    return [answer(reference, s, plan, 3) for s in made_up_scripts(model, plan, files) if s.name == script]
-
-
-def failures(bundle: Path, program: Program, cases: list[Case], backend: Backend | None = None) -> list[str]:
-    table = tolerance("subgraph", "int8 slots")
-    return [f"{c.name}: {c.note}" for c in check_subgraphs(bundle, program, cases, table, "int8 slots", backend) if not c.passed]
 
 
 @pytest.mark.parametrize("factor", [1.03, 0.97])
@@ -309,46 +267,6 @@ def test_tensorrt_rtx_builds_blocks_and_cuts(capability: str, for_engines: Path,
 
 
 # ----------------------------------------------------------------------------------------------------------------- refused
-def test_why_fp8_slots_are_refused() -> None:
-    """What fills slots takes int8 and no fp8, in the opset that graphs have."""
-    for operator in ("Concat", "ScatterND"):
-        types = next(c.allowed_type_strs for c in onnx.defs.get_schema(operator, TRACED).type_constraints if c.type_param_str == "T")
-        assert "tensor(int8)" in types and "tensor(float8e4m3fn)" not in types
-
-
-def test_tensorrt_rtx_itself_takes_fp8_slots(tmp_path: Path) -> None:
-    """What is missing is not its: it parses the Concat that ONNX does not have, and widens the codes in kernels of attention."""
-    pytest.importorskip("tensorrt_rtx", reason="needs the extra [rtx]")
-    from onnx import TensorProto, helper
-
-    from tmc_export.engine import EngineOptions, build_engine
-    from tmc_export.engine.options import Profile
-
-    half, code, g, p, t, d = TensorProto.FLOAT16, TensorProto.FLOAT8E4M3FN, 2, 48, 8, 16
-    nodes = [
-        helper.make_node("QuantizeLinear", ["new", "scale", "zero"], ["present"], axis=1),
-        helper.make_node("Concat", ["past", "present"], ["codes"], axis=2),
-        helper.make_node("DequantizeLinear", ["codes", "scale"], ["keys"], axis=1),
-        helper.make_node("Transpose", ["keys"], ["turned"], perm=[0, 1, 3, 2]),
-        helper.make_node("MatMul", ["query", "turned"], ["scores"]),
-    ]
-    inputs = [("past", code, p), ("new", half, t), ("query", half, t)]
-    graph = helper.make_graph(
-        nodes, "slots", [helper.make_tensor_value_info(n, kind, [1, g, rows, d]) for n, kind, rows in inputs],
-        [helper.make_tensor_value_info("scores", half, [1, g, t, p + t]), helper.make_tensor_value_info("present", code, [1, g, t, d])],
-        [helper.make_tensor("scale", half, [g], [0.02] * g), helper.make_tensor("zero", code, [g], [0.0] * g)],
-    )  # fmt: skip
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", TRACED)], ir_version=10), tmp_path / "slots.onnx")
-
-    def build(capability: str) -> int:
-        options, out = EngineOptions(capabilities=(capability,)), tmp_path / "slots.engine"
-        return build_engine(tmp_path / "slots.onnx", (Profile("static"),), out, options, precision="float16").size
-
-    assert build("SM89") > 0
-    with pytest.raises(ExportError, match="cannot build it"):
-        build("SM86")
-
-
 def test_scales_that_are_missing_or_odd_are_refused(folder: Path, scales: Scales) -> None:
     path = recipe(folder, "odd")
 

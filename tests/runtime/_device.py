@@ -35,7 +35,7 @@ class Case:
     dtype: str = "float32"
     decode_width: int = 2
     tolerance: float = 1e-4  # against onnxruntime's own graphs: float32 sums in another order, over four layers
-    codes: bool = False  # slots of int8
+    codes: str = ""  # what slots hold, where it is codes
 
 
 CASES = {
@@ -62,8 +62,14 @@ CASES = {
     "codes": Case(
         save_small_llava,
         "{at: decoder.1, method: pyramiddrop, layers: [1, 3], keep: [50%, 25%]}",
-        codes=True,
+        codes="int8",
         tolerance=0.01,  # int8 slots: a code that lies half-way turns with the order of sums, a step of 1 / 127 of its head's range
+    ),
+    "fp8": Case(
+        save_small_llava,
+        "{at: decoder.1, method: pyramiddrop, layers: [1, 3], keep: [50%, 25%]}",
+        codes="fp8",
+        tolerance=0.05,  # the same, a step of up to 1 / 14
     ),
     "qwen": Case(save_small_qwen2_vl, "{at: decoder.2, method: fastv, keep: 50%}"),  # three rotary axes
 }
@@ -80,11 +86,11 @@ def build_case(name: str, folder: Path) -> Path:
         f"compress:\n  - {case.compress}\ntarget: {{device: cpu, runtime: onnxruntime, decode_width: {case.decode_width}}}\n"
     )
     if case.codes:
-        from tests.quantize._slots import KV, build_coded, peaks
+        from tests.quantize._slots import build_coded, kv, peaks
 
         (folder / "recipe.yaml").write_text(text, "utf-8")
-        scales = peaks(folder / "model", folder / "recipe.yaml")
-        (folder / "recipe.yaml").write_text(text.replace("target:", f"quantize: {KV}\ntarget:"), "utf-8")
+        scales = peaks(folder / "model", folder / "recipe.yaml", case.codes)
+        (folder / "recipe.yaml").write_text(text.replace("target:", f"quantize: {kv(case.codes)}\ntarget:"), "utf-8")
         build_coded(folder / "recipe.yaml", folder / "bundle", scales)
     else:
         (folder / "recipe.yaml").write_text(text, "utf-8")

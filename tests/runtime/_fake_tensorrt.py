@@ -20,6 +20,7 @@ from tests.runtime._fake_cuda import Call, FakeDriver, Fault, Work
 from tmc_export.engine._proto import with_plain_locations
 from tmc_export.engine.bundle import EngineRecord, engine_file, file_sha256
 from tmc_export.engine.profiles import read_profiles
+from tmc_export.runtime._onnxruntime import FP8, as_fp8
 
 SCRATCH = 1000
 """Bytes of working memory per profile, times its number plus one."""
@@ -30,6 +31,7 @@ _TYPES = {
     "tensor(int64)": np.int64,
     "tensor(bool)": np.bool_,
     "tensor(int8)": np.int8,
+    FP8: "FP8",
 }
 
 
@@ -47,7 +49,8 @@ def compute(path: Path, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
     """Run a graph of a bundle."""
     made = session(path)
     names = [o.name for o in made.get_outputs()]
-    return dict(zip(names, made.run(names, {i.name: feed[i.name] for i in made.get_inputs()}), strict=True))
+    given = {i.name: as_fp8(i.name, feed[i.name]) if i.type == FP8 else feed[i.name] for i in made.get_inputs()}
+    return dict(zip(names, made.run(names, given), strict=True))
 
 
 def place_engines(
@@ -68,6 +71,17 @@ def place_engines(
     return files
 
 
+def _nptype(dtype: Any) -> Any:
+    if dtype == "FP8":
+        raise TypeError("Could not resolve TensorRT datatype to an equivalent numpy datatype.")
+    return dtype
+
+
+def _held(dtype: Any) -> np.dtype[Any]:
+    """What lies in memory: fp8 codes are bytes."""
+    return np.dtype(np.uint8 if dtype == "FP8" else dtype)
+
+
 def make_tensorrt(driver: FakeDriver, version: str = "1.7.1.116", rtx: bool = True) -> Any:
     """The module."""
     made = SimpleNamespace(
@@ -78,7 +92,8 @@ def make_tensorrt(driver: FakeDriver, version: str = "1.7.1.116", rtx: bool = Tr
         TensorIOMode=SimpleNamespace(NONE=0, INPUT=1, OUTPUT=2),
         TensorLocation=SimpleNamespace(DEVICE=0, HOST=1),
         ExecutionContextAllocationStrategy=SimpleNamespace(STATIC=0, ON_PROFILE_CHANGE=1, USER_MANAGED=2),
-        nptype=lambda dtype: dtype,
+        DataType=SimpleNamespace(FP8="FP8"),
+        nptype=_nptype,
         Runtime=lambda logger: FakeRuntime(driver, logger, rtx),
     )
     if rtx:
@@ -180,7 +195,7 @@ class FakeContext:
                 self.shapes[name] = tuple(own)
         missing = [name for name in self.engine.inputs if name not in self.shapes]
         if not missing:
-            zeros = {n: np.zeros(self.shapes[n], self.engine.get_tensor_dtype(n)) for n in self.engine.inputs}
+            zeros = {n: np.zeros(self.shapes[n], _held(self.engine.get_tensor_dtype(n))) for n in self.engine.inputs}
             self.shapes |= {n: v.shape for n, v in compute(self.engine.path, zeros).items()}
         return missing
 
@@ -200,7 +215,7 @@ class FakeContext:
         self.scratch = (address, size)
 
     def size(self, name: str) -> int:
-        return int(np.prod(self.shapes[name])) * np.dtype(self.engine.get_tensor_dtype(name)).itemsize
+        return int(np.prod(self.shapes[name])) * _held(self.engine.get_tensor_dtype(name)).itemsize
 
     def execute_async_v3(self, stream: int) -> bool:
         names = self.engine.names
@@ -218,11 +233,13 @@ class FakeContext:
         def run() -> None:
             def read(name: str) -> np.ndarray:
                 raw = self.driver.at(*places[name]) if places[name][1] else np.zeros(0, np.uint8)
-                return np.array(raw.view(self.engine.get_tensor_dtype(name)).reshape(self.shapes[name]))
+                return np.array(raw.view(_held(self.engine.get_tensor_dtype(name))).reshape(self.shapes[name]))
 
             feed = {n: read(n) for n in self.engine.inputs}
             for name, value in feed.items():
-                if not np.isfinite(value.astype(np.float32)).all() or (value.dtype == np.bool_ and value.view(np.uint8).max(initial=0) > 1):
+                odd = value.dtype == np.bool_ and value.view(np.uint8).max(initial=0) > 1
+                odd = odd or (value.dtype == np.uint8 and bool((value & 0x7F == 0x7F).any()))  # E4M3's NaN
+                if odd or not np.isfinite(value.astype(np.float32)).all():
                     raise Fault(f"{self.engine.path.stem}: {name} holds what nobody wrote")
             self.driver.at(*self.scratch)[:] = 0xFF
             for name, value in compute(self.engine.path, feed).items():

@@ -14,6 +14,8 @@ from tmc_export.plan.types import Plan
 
 __all__ = ["quantize_slots", "slot_codes"]
 
+_CODES = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
+
 
 def slot_codes(plan: Plan, found: Mapping[str, tuple[float, ...]] | None) -> SlotCodes | None:
     """Return how a plan's slots are stored; None where they hold keys and values as they are.
@@ -30,14 +32,14 @@ def slot_codes(plan: Plan, found: Mapping[str, tuple[float, ...]] | None) -> Slo
         ExportError: scales are missing, or are no numbers above 0, or the plan has no use for any.
     """
     scheme = plan.quantize.get("kv")
-    if scheme is None or scheme.weights != "int8":
+    if scheme is None or scheme.weights not in _CODES:
         if found is not None:
             raise ExportError(f"scales of {len(found)} KV tensors were found, and the plan's slots are no codes; leave them out")
         return None
     if found is None:
         raise LegalityError(
-            "quantize.kv.weights: int8 slots need scales that are found on the calibration data, and none were found; give samples, or "
-            "remove quantize.kv"
+            f"quantize.kv.weights: {scheme.weights} slots need scales that are found on the calibration data, and none were found; give "
+            "samples, or remove quantize.kv"
         )
     decoder = plan.facts.decoder
     wanted = {f"{layer}.{kind}" for layer in range(decoder.layers) for kind in ("key", "value")}
@@ -50,7 +52,8 @@ def slot_codes(plan: Plan, found: Mapping[str, tuple[float, ...]] | None) -> Slo
     for name, scales in rounded.items():
         if scales.shape != (decoder.kv_heads,) or not np.isfinite(scales).all() or not (np.asarray(found[name]) > 0).all():
             raise ExportError(f"'{name}' has the scales {found[name]}; {decoder.kv_heads} finite numbers above 0 are needed")
-    return SlotCodes(dtype="int8", scales={name: tuple(scales.tolist()) for name, scales in rounded.items()})
+    scales = {name: tuple(scales.tolist()) for name, scales in rounded.items()}
+    return SlotCodes(dtype="fp8" if scheme.weights == "fp8" else "int8", scales=scales)
 
 
 def quantize_slots(model: ir.Model, codes: SlotCodes | None, dtype: str) -> None:
@@ -62,4 +65,4 @@ def quantize_slots(model: ir.Model, codes: SlotCodes | None, dtype: str) -> None
         dtype: that the graph computes in.
     """
     if codes is not None:
-        QuantizeSlotsPass({name: np.array(scales, dtype) for name, scales in codes.scales.items()})(model)
+        QuantizeSlotsPass({name: np.array(scales, dtype) for name, scales in codes.scales.items()}, _CODES[codes.dtype])(model)

@@ -80,7 +80,7 @@ def calibrate(
     with eager_session(plan, eager, folder, towers) as session:
         rows = _ROWS if any(s.algorithm == "awq" for s in schemes.values()) else 0
         heads: SlotsSeen = {}
-        with observed_slots(eager.backend, heads) if _slots(plan) else nullcontext():
+        with observed_slots(eager.backend, heads) if (kept := _slots(plan)) else nullcontext():
             blocks = {name: scheme.block for name, scheme in schemes.items() if scheme.algorithm == "awq"}
             seen = observe(session, samples, wanted, progress, rows=rows, blocks=blocks)
         divisors = _divisors(seen, schemes, eager, progress)
@@ -89,13 +89,14 @@ def calibrate(
         if smooth:
             seen = observe(session, samples, wanted, lambda line: progress(f"{line}, smoothed"), divisors=smooth)
         codes |= _gptq_codes(session, samples, seen, schemes, eager, progress, place)
-    slots = slot_scales(heads, given.observer, given.percentile_used)
+    slots = slot_scales(heads, given.observer, given.percentile_used, kept) if kept else {}
     return Calibrated(_clips(seen, schemes, given), divisors, codes, slots, digest_of(samples), len(samples))
 
 
-def _slots(plan: Plan) -> bool:
+def _slots(plan: Plan) -> str | None:
+    """The codes that the slots hold; None: none that need data."""
     kv = plan.quantize.get("kv")
-    return kv is not None and needs_calibration("kv", kv) is not None
+    return kv.weights if kv is not None and needs_calibration("kv", kv) is not None else None
 
 
 def _schemes(plan: Plan, eager: EagerProgram) -> dict[str, QuantizePlan]:

@@ -1,4 +1,4 @@
-"""What keys and values are like on the user's data, per layer and KV head: where the scales of int8 slots come from.
+"""What keys and values are like on the user's data, per layer and KV head: where the scales of slots of codes come from.
 
 The blocks' own outputs `present.<l>.key` and `.value` are looked at, rotated as the slots get them, rows of padding left out.
 """
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from tmc_export.api.eager import Runnable, running_rows
+from tmc_export.quantize._inputs import TOPS
 from tmc_export.quantize.clipping import Observer, clip_of
 from tmc_export.quantize.histogram import Histogram
 
@@ -23,7 +24,7 @@ __all__ = ["SlotsSeen", "observed_slots", "slot_scales"]
 SlotsSeen = dict[str, tuple[Histogram, ...]]
 """`<layer>.key` and `<layer>.value` → what was seen, per KV head."""
 
-_NEW, _TOP = "present.", 127
+_NEW = "present."
 
 
 @contextmanager
@@ -65,7 +66,7 @@ def _looker(block: Runnable, found: SlotsSeen) -> Any:
 
 
 def slot_scales(
-    seen: Mapping[str, Sequence[Histogram]], observer: Observer = "minmax", share: float = 99.99
+    seen: Mapping[str, Sequence[Histogram]], observer: Observer = "minmax", share: float = 99.99, codes: str = "int8"
 ) -> dict[str, tuple[float, ...]]:
     """Return the scale of every head: the end of its range, divided by the largest code.
 
@@ -73,6 +74,7 @@ def slot_scales(
         seen: what `observed_slots` found.
         observer: how the end is chosen; see `clip_of`.
         share: per cent of the magnitudes that `percentile` keeps inside.
+        codes: `int8`, or `fp8`, which goes with the observers that reckon with no equal steps.
 
     Returns:
         `<layer>.key` and `<layer>.value` → a scale per KV head, above 0: a head of which only zeros were seen has the range 1.
@@ -83,6 +85,7 @@ def slot_scales(
     >>> slot_scales({"0.key": (head,)})
     {'0.key': (2.0,)}
     """
+    top = TOPS[codes]
     return {
-        name: tuple((clip_of(observer, head, share=share, levels=_TOP) or 1.0) / _TOP for head in heads) for name, heads in seen.items()
+        name: tuple((clip_of(observer, head, share=share, levels=int(top)) or 1.0) / top for head in heads) for name, heads in seen.items()
     }

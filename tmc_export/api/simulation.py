@@ -190,12 +190,12 @@ def _step(clip: float, codes: str, dtype: Any) -> float:
     return float(global_scale(clip, dtype) if codes == "nvfp4" else input_scale(clip, TOPS[codes], dtype))
 
 
-def _codes(rows: Tensor, step: float, scheme: str) -> Tensor:
-    """What the graph's rounding of a product's input gives; `step` is the scale of its tensor."""
+def _codes(rows: Tensor, step: float | Tensor, scheme: str) -> Tensor:
+    """What the graph's rounding of a product's input, or of new rows of the slots, gives; `step` is the scale."""
     if scheme == "int8":
         return (rows / step).round().clamp(-128, 127) * step
     if scheme == "nvfp4":
-        return torch.from_numpy(rounded_by_nvfp4(rows.float().numpy(), step))
+        return torch.from_numpy(rounded_by_nvfp4(rows.float().numpy(), float(step)))
     top = TOPS[scheme]
     return (rows / step).clamp(-top, top).to(torch.float8_e4m3fn).float() * step
 
@@ -204,11 +204,7 @@ def _rounder(codes: SlotCodes) -> Callable[[int, Tensor, Tensor], tuple[Tensor, 
     scales = {name: torch.tensor(each)[None, :, None, None] for name, each in codes.scales.items()}
 
     def change(layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        pair = []
-        for kind, rows in (("key", key), ("value", value)):
-            scale = scales[f"{layer}.{kind}"]
-            pair.append((rows / scale).round().clamp(-128, 127) * scale)
-        return pair[0], pair[1]
+        return _codes(key, scales[f"{layer}.key"], codes.dtype), _codes(value, scales[f"{layer}.value"], codes.dtype)
 
     return change
 

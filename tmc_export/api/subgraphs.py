@@ -58,7 +58,7 @@ def export_subgraphs(
 
     Raises:
         ModelError: weights are missing or damaged.
-        LegalityError: the plan's slots are int8, and no scales are given.
+        LegalityError: the plan's slots are codes, and no scales are given.
         ExportError: a part cannot be lowered, or scales do not belong to the plan.
     """
     work = Exporter(plan, files, folder, config, out, fit, opset, progress, found, journal=journal)

@@ -105,15 +105,20 @@ class RowSum(_Frozen):
 
 
 class SlotCodes(_Frozen):
-    """Keys and values lie in the slots as codes: a row is its codes times the scale of its KV head.
+    """Keys and values lie in the slots as codes: a row is what its codes stand for, times the scale of its KV head.
 
     Attributes:
-        dtype: of the codes, numpy's name.
+        dtype: of the codes: int8, or fp8, which is E4M3 without infinities (ONNX's FLOAT8E4M3FN).
         scales: `<layer>.key` and `<layer>.value` → a scale per KV head, `[g]`.
     """
 
-    dtype: Literal["int8"]
+    dtype: Literal["int8", "fp8"]
     scales: dict[str, tuple[PositiveFloat, ...]]
+
+    @property
+    def held(self) -> str:
+        """Numpy's name of what the codes are held as; it has no fp8, whose codes are bytes."""
+        return "uint8" if self.dtype == "fp8" else self.dtype
 
 
 class BlockProgram(_Frozen):
@@ -207,9 +212,14 @@ class Program(_Frozen):
     kv: SlotCodes | None = None
 
     @property
+    def slot_kind(self) -> str:
+        """What the slots hold: `dtype`, int8 or fp8."""
+        return self.dtype if self.kv is None else self.kv.dtype
+
+    @property
     def slot_dtype(self) -> str:
         """Numpy's name of what the slots hold."""
-        return self.dtype if self.kv is None else self.kv.dtype
+        return self.dtype if self.kv is None else self.kv.held
 
     @property
     def barrier(self) -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tmc_export.verify._codes import steps_between
 from tmc_export.verify.tolerances import Tolerance, tolerance
 
 if TYPE_CHECKING:
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     Array = NDArray[Any]
 
 __all__ = ["Difference", "bound", "compare", "wrong_nodes"]
+
+_SLOTS = ("present.", "slots.")
+"""What makes bytes codes: tensors of these names are new rows of the slots; other bytes are codes of products' inputs, around 128."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +46,16 @@ def bound(precision: str, rtol: float | None) -> Tolerance:
 
 
 def compare(name: str, got: Array | None, want: Array, table: Tolerance) -> Difference | None:
-    """Compare one tensor: floats within `atol + rtol * max|want|`, int8 codes within one, everything else exactly; None when they agree."""
+    """Compare one tensor: floats within `atol + rtol * max|want|`, codes (int8; fp8, which are bytes of slots) within one, everything else
+    exactly; None when they agree."""
     if got is None:
         return Difference(name, float("inf"), 0.0, "is missing")
     if got.shape != want.shape:
         return Difference(name, float("inf"), 0.0, f"has shape {list(got.shape)}, not {list(want.shape)}")
     if got.dtype.kind != "f" or want.dtype.kind != "f":
-        allowed = float(got.dtype == want.dtype == np.int8)  # what lies half-way between two codes may be either
-        off = np.abs(got.astype(np.float64) - want.astype(np.float64))
+        slots = got.dtype == want.dtype == np.uint8 and name.startswith(_SLOTS)
+        allowed = float(slots or got.dtype == want.dtype == np.int8)  # what lies half-way between two codes may be either
+        off = steps_between(got, want) if slots else np.abs(got.astype(np.float64) - want.astype(np.float64))
         if not (off > allowed).any():
             return None
         return Difference(name, float(off.max()), allowed, f"differs in {int((off > 0).sum())} of {got.size} places")

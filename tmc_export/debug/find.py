@@ -164,7 +164,7 @@ def _good(
 
 def _check_slots(bundle: Path, manifest: Manifest, against: Path) -> None:
     """Refuse a bundle whose graphs take keys and values of another type: neither can be fed with what the other one is."""
-    mine, other = manifest.program.slot_dtype, open_manifest(against).program.slot_dtype
+    mine, other = manifest.program.slot_kind, open_manifest(against).program.slot_kind
     if mine != other:
         raise RuntimeInputError(
             f"{bundle} keeps keys and values in {mine}, {against} in {other}; compare with a bundle of the same quantize.kv"

@@ -169,6 +169,8 @@ def execute(path: Path, feed: Mapping[str, Array], *, optimised: bool = True, lo
     """
     import onnxruntime as ort
 
+    from tmc_export.runtime._onnxruntime import FP8, as_fp8
+
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
@@ -179,7 +181,8 @@ def execute(path: Path, feed: Mapping[str, Array], *, optimised: bool = True, lo
         names = [] if load_only else [o.name for o in session.get_outputs()]
         if not names:
             return {}
-        return dict(zip(names, session.run(names, {i.name: feed[i.name] for i in session.get_inputs()}), strict=True))
+        given = {i.name: as_fp8(i.name, feed[i.name]) if i.type == FP8 else feed[i.name] for i in session.get_inputs()}
+        return dict(zip(names, session.run(names, given), strict=True))
     except MemoryError:
         raise
     except KeyError as error:

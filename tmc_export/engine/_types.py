@@ -25,6 +25,10 @@ class _Names(Protocol):
         """Makes networks, configurations, profiles and engines."""
 
     @property
+    def DataType(self) -> type[tensorrt.DataType]:
+        """Types of tensors."""
+
+    @property
     def Dims(self) -> type[tensorrt.Dims]:
         """A shape."""
 

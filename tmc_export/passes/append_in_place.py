@@ -7,6 +7,9 @@ of valid ones), and `Where(slot = s, order, past_order)`. Behind it nothing chan
 
 The filled slots are outputs, `slots.<l>.key` and `.value`, in place of the new rows `present.<l>.key` and `.value`: a runtime that gives an
 output the memory of its input appends in place (onnxruntime's ScatterND then writes the one row), any other gets a copy.
+
+Slots of fp8 codes, which ScatterND does not take, are widened before: `Concat(DequantizeLinear(past), new)` becomes a ScatterND into what
+was widened, which only attention reads. The graph then returns the new row's codes, `present.*`, as a chunk does; the runtime writes them.
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ import onnx_ir as ir
 import onnx_ir.passes
 
 from tmc_export.core.errors import ExportError
-from tmc_export.passes._rewrite import add, constant, replace, sizes
+from tmc_export.passes._rewrite import add, constant, made_by, replace, sizes
 
 __all__ = ["AppendInPlacePass"]
+
+_SLOTS = "past_key_values."
 
 
 class AppendInPlacePass(ir.passes.InPlacePass):
@@ -36,26 +41,30 @@ class AppendInPlacePass(ir.passes.InPlacePass):
         if valid is None or new is None or new[1] != 1:
             return ir.passes.PassResult(model, False)
         found = [(node, past) for node in graph if (past := _appended(node)) is not None]
-        lost = sorted({n for n in inputs if n and n.startswith("past_")} - {past.name for _, past in found if len(past.uses()) == 1})
+        alone = {past.name for node, past in found if len(past.uses()) == 1 and node.inputs[0] and len(node.inputs[0].uses()) == 1}
+        lost = sorted({n for n in inputs if n and n.startswith("past_")} - alone)
         if lost:
             raise ExportError(
                 f"{graph.name}: '{lost[0]}' is not read by the one Concat that appends the new token; it cannot be filled in place"
             )
-        for past in {past for _, past in found}:
-            shape = list(sizes(past) or ())
+        for value in {value for node, past in found for value in (past, node.inputs[0]) if value is not None}:
+            shape = list(sizes(value) or ())
             shape[1 if len(shape) == 2 else 2] += 1
-            past.shape = ir.Shape(shape)
-        place = _Place(graph, inputs["past_valid"], valid[0], valid[1] + 1)
+            value.shape = ir.Shape(shape)
+        place, returned = _Place(graph, inputs["past_valid"], valid[0], valid[1] + 1), {value.name: value for value in graph.outputs}
         for node, past in found:
+            name, direct = (past.name or "").removeprefix(_SLOTS), node.inputs[0] is past
             replace(graph, node, place.write(node, past))
-        for value in [v for v in graph.outputs if (v.name or "").startswith("present.")]:
-            graph.outputs.remove(value)
+            if direct and f"present.{name}" in returned:
+                graph.outputs.remove(returned[f"present.{name}"])
         return ir.passes.PassResult(model, bool(found))
 
 
 def _appended(node: ir.Node) -> ir.Value | None:
-    """The `past_*` input that a Concat lengthens."""
+    """The `past_*` input that a Concat lengthens, as it is or widened from codes."""
     past = node.inputs[0] if node.op_type == "Concat" and node.domain in ("", "ai.onnx") and len(node.inputs) == 2 else None
+    if (widened := made_by(past, "DequantizeLinear")) is not None:
+        past = widened.inputs[0]
     return past if past is not None and past.is_graph_input() and (past.name or "").startswith("past_") else None
 
 
@@ -73,8 +82,8 @@ class _Place:
         )
 
     def write(self, before: ir.Node, past: ir.Value) -> ir.Value:
-        """Add what writes the second input of a Concat into the free slot of `past`."""
-        name, shape, new = past.name or "", sizes(past) or (), before.inputs[1]
+        """Add what writes the second input of a Concat into the free slot of its first, which is `past`, or `past` widened."""
+        name, shape, (read, new) = past.name or "", sizes(past) or (), before.inputs
         if len(shape) == 2 and past.dtype is ir.DataType.BOOL:  # onnxruntime has no Where of bools; the free slot holds False
             filled = ir.node("And", [self._at(), new])
             add(self.graph, before, filled, shape, "new")
@@ -82,11 +91,12 @@ class _Place:
         elif len(shape) == 2:
             node = ir.node("Where", [self._at(), new, past])
         else:
-            node = ir.node("ScatterND", [past, self._index(shape[1]), new])
-            self.graph.outputs.append(node.outputs[0])
+            node = ir.node("ScatterND", [read, self._index(shape[1]), new])
+            if read is past:
+                self.graph.outputs.append(node.outputs[0])
         out = node.outputs[0]
-        out.name = f"{name}.filled" if len(shape) == 2 else name.replace("past_key_values.", "slots.", 1)
-        out.shape, out.type = past.shape, past.type
+        out.name = f"{name}.filled" if len(shape) == 2 or read is not past else name.replace(_SLOTS, "slots.", 1)
+        out.shape, out.type = past.shape, read.type if read is not None else past.type
         self.graph.insert_before(before, node)
         return out
 

@@ -1,12 +1,13 @@
-"""Keep keys and values in the slots as int8 codes, with a scale per KV head that was found on data.
+"""Keep keys and values in the slots as codes, int8 or fp8, with a scale per KV head that was found on data.
 
 Before, per layer: `Concat(past [b, g, P, d], new [b, g, T, d])`, which attention reads, and the output `present = new`.
 After: `c = QuantizeLinear(new, s [g], axis=1)`, `DequantizeLinear(Concat(past int8, c), s, axis=1)`, and the output `present = c`. A
 compress graph that reads a layer's slots alone, `key.<l>`, reads them through `DequantizeLinear(key int8, s)`.
+ONNX's Concat does not take fp8, so that both sides are widened before it: `Concat(DequantizeLinear(past fp8, s), DequantizeLinear(c, s))`.
 
 Attention sees the new rows as the slots will give them back, not as they were: a row is the same number in the prefill that makes it, in
 the chunk behind it and in every decode step, so that neither route nor bucket changes an answer. Codes are rounded to the nearest, ties to
-even, within -128 and 127; there is no zero point but 0.
+even, int8 within -128 and 127, fp8 (E4M3) within -448 and 448; there is no zero point but 0.
 
 The pass comes first, on the symbolic graph: the passes behind it see one Concat per tensor, as without codes.
 """
@@ -32,15 +33,16 @@ _PAST, _KEYS, _NEW = "past_key_values.", ("key.", "next_key."), "present."
 
 
 class QuantizeSlotsPass(ir.passes.InPlacePass):
-    """Make every input that brings slots, and every output that fills them, int8 codes.
+    """Make every input that brings slots, and every output that fills them, codes.
 
     Args:
         scales: `<layer>.key` and `<layer>.value` → `[g]`, in the type that the graph computes in.
+        code: type of the codes, INT8 or FLOAT8E4M3FN.
     """
 
-    def __init__(self, scales: Mapping[str, NDArray[Any]]) -> None:
+    def __init__(self, scales: Mapping[str, NDArray[Any]], code: ir.DataType = ir.DataType.INT8) -> None:
         super().__init__()
-        self.scales = dict(scales)
+        self.scales, self.code = dict(scales), code
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite the graph; `modified` says whether it has slots.
@@ -57,7 +59,7 @@ class QuantizeSlotsPass(ir.passes.InPlacePass):
                     )
                 found.append((value, name))
         for value, name in found:
-            _rewrite(graph, value, name, self.scales[name])
+            _rewrite(graph, value, name, self.scales[name], self.code)
         return ir.passes.PassResult(model, bool(found))
 
 
@@ -69,10 +71,10 @@ def _slots(name: str) -> str | None:
     return None if prefix is None else f"{name.removeprefix(prefix)}.key"
 
 
-def _rewrite(graph: ir.Graph, value: ir.Value, name: str, scales: NDArray[Any]) -> None:
+def _rewrite(graph: ir.Graph, value: ir.Value, name: str, scales: NDArray[Any], code: ir.DataType) -> None:
     scale = constant(graph, f"slots.{name}.scale", scales, scales.dtype)
     exact = value.type
-    value.type = ir.TensorType(ir.DataType.INT8)
+    value.type = ir.TensorType(code)
     joined = _joined(value)
     if joined is None:
         if (value.name or "").startswith(_PAST):
@@ -83,14 +85,18 @@ def _rewrite(graph: ir.Graph, value: ir.Value, name: str, scales: NDArray[Any]) 
         new = joined.inputs[1]
         if new is None:
             raise ExportError(f"{graph.name}: nothing is put behind '{value.name}'")
-        zero = constant(graph, f"slots.zero_{len(scales)}", np.zeros(len(scales)), np.int8)
+        zero = constant(graph, f"slots.zero_{len(scales)}", np.zeros(len(scales)), code.numpy())
         rounding = ir.node("QuantizeLinear", [new, scale, zero], attributes={"axis": 1}, name=f"slots.{name}.quantize")
         codes = rounding.outputs[0]
         codes.name, codes.shape, codes.type = f"slots.{name}.codes", new.shape, value.type
         graph.insert_before(joined, rounding)
         joined.replace_input_with(1, codes)
-        joined.outputs[0].type = value.type
-        _widen(graph, joined.outputs[0], scale, exact, joined)
+        if code is ir.DataType.FLOAT8E4M3FN:
+            _widen(graph, value, scale, exact, joined, before=True)
+            _widen(graph, codes, scale, exact, joined, before=True)
+        else:
+            joined.outputs[0].type = value.type
+            _widen(graph, joined.outputs[0], scale, exact, joined)
         if value.name is not None and value.name.startswith(_PAST):
             _return(graph, f"{_NEW}{name}", new, codes)
 

@@ -14,7 +14,7 @@ from tmc_export.core.facts import EncoderFacts
 from tmc_export.graphs import METHODS
 from tmc_export.graphs._contract import Attention, Features, Keys, Need, TextEmbeds, TextTower
 from tmc_export.plan._weights import LINEARS
-from tmc_export.plan.quantization import check_built, check_calibration, check_capability, check_precisions, check_slots
+from tmc_export.plan.quantization import check_calibration, check_capability, check_precisions, check_slots
 from tmc_export.plan.states import leaving_vision
 from tmc_export.plan.tied import check_seen, check_unseen
 from tmc_export.plan.types import CutPlan, Plan, QuantizePlan, StagePlan
@@ -37,7 +37,6 @@ def check_target(recipe: Recipe, device: Device) -> None:
     _check_capabilities(recipe, device)
     check_precisions(recipe, device)
     _check_dtype(recipe)
-    check_built(recipe)
     check_slots(recipe)
     check_calibration(recipe)
     if recipe.inputs.batch > 1:

@@ -175,6 +175,9 @@ def block_activations(plan: Plan, block: BlockPlan, new: int, past: int, ort: bo
     attention = 2 * new * query + 2 * keys * key + 2 * keys * query
     if ort or plan.dtype == "float32":
         attention += 2 * d.heads * new * keys
+    kv = plan.quantize.get("kv")
+    if ort and kv is not None and kv.weights == "fp8":
+        attention += 2 * past * key  # widened before the new rows are put behind them; int8 codes are widened together
     numbers = 2 * new * d.width + max(attention, 3 * new * d.intermediate) + 2 * new * key * (block.last - block.first)
     numbers += d.vocabulary + d.width if block.head else 0
     mask = new * keys * (8 + 1 + _wide(plan, ort))  # int64 distances, what is visible, and the mask that is added

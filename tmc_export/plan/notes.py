@@ -138,10 +138,12 @@ def _scheme_notes(recipe: Recipe, plan: Plan) -> list[str]:
     if head is not None and head.weights == "fp8":
         found.append(f"head: the token table stays in {plan.dtype}, of which fp8 codes are stored besides; ONNX looks no fp8 rows up")
     if recipe.target.runtime == "onnxruntime":
-        slow = [f"{name} of the {', '.join(parts)}" for name, parts in schemes.items() if name == "fp8"]
+        weights = [part for part in schemes.get("fp8", ()) if part != "kv"]
+        slow = [f"fp8 of the {', '.join(weights)}"] if weights else []
         slow += ["int8 of the head"] if head is not None and head.weights == "int8" else []
         kv = plan.quantize.get("kv")
-        slow += ["int8 slots"] if kv is not None and kv.weights == "int8" and (plan.dtype != "float32" or any(plan.windows)) else []
+        if kv is not None and (kv.weights == "fp8" or (kv.weights == "int8" and (plan.dtype != "float32" or any(plan.windows)))):
+            slow.append(f"{kv.weights} slots")
         found += [f"onnxruntime widens {what} in each run, which is slow" for what in slow]
     else:
         short = [name for name in ("fp16", "bf16") if plan.dtype == "float32" and name in schemes]

@@ -1,22 +1,20 @@
-"""Which schemes a device, its capabilities and a runtime take, which are not built, and which need calibration.
+"""Which schemes a device, its capabilities and a runtime take, and which need calibration.
 
 Every refusal names the recipe's line, the reason and a fix. The form of `quantize` was checked when the recipe was read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Protocol
 
 from tmc_export.core.errors import LegalityError
 from tmc_export.recipe import PARTS, Device, QuantizePart, Recipe
 
 __all__ = [
+    "CODES",
     "LEAST_CAPABILITY",
-    "NOT_BUILT",
     "ON_ONNXRUNTIME",
-    "check_built",
     "check_calibration",
     "check_capability",
     "check_precisions",
@@ -37,6 +35,9 @@ Tried with 1.7.1 for 7.5 to 12.1 (`tests/quantize/test_tensorrt_schemes.py`); 10
 activations on 7.5; such engines are built, and executing them was not run.
 """
 
+CODES = ("int8", "fp8")
+"""Schemes of the KV slots that are codes, with scales found on data."""
+
 ON_ONNXRUNTIME = ("fp16", "bf16", "int8", "int4", "fp8")
 """Schemes that onnxruntime's CPU provider executes."""
 
@@ -54,43 +55,11 @@ class _Scheme(Protocol):
     def algorithm(self) -> str: ...
 
 
-@dataclass(frozen=True)
-class _NotBuilt:
-    """One thing that a recipe may write and `build` cannot do yet: its key, when it is meant, and what to say."""
-
-    key: str
-    meant: Callable[[str, QuantizePart], bool]
-    says: str
-
-
-_FP8_SLOTS = (
-    "{value} slots are not built yet: ONNX's Concat and ScatterND, which fill slots, take no fp8; write weights: int8, of the same size"
-)
-
-NOT_BUILT = (
-    _NotBuilt("weights", lambda part, s: part == "kv" and s.weights == "fp8", _FP8_SLOTS),
-)  # fmt: skip
-"""What is refused because it is not built. Whoever builds it takes its line out."""
-
-
 def _parts(recipe: Recipe) -> Iterator[tuple[str, QuantizePart]]:
     for part in PARTS:
         scheme = recipe.quantize.part(part)
         if scheme is not None:
             yield part, scheme
-
-
-def check_built(recipe: Recipe) -> None:
-    """Refuse what is not built.
-
-    Raises:
-        LegalityError: at the key's line.
-    """
-    for part, scheme in _parts(recipe):
-        for missing in NOT_BUILT:
-            if missing.meant(part, scheme):
-                place, value = recipe.origin(("quantize", part, missing.key)), getattr(scheme, missing.key)
-                raise LegalityError(f"{place}: quantize.{part}.{missing.key}: {missing.says.format(value=value)}")
 
 
 def check_slots(recipe: Recipe) -> None:
@@ -100,11 +69,12 @@ def check_slots(recipe: Recipe) -> None:
         LegalityError: at the line of the scheme.
     """
     kv = recipe.quantize.kv
-    if kv is not None and kv.weights == "int8" and recipe.target.runtime == "tensorrt":
+    if kv is not None and kv.weights in CODES and recipe.target.runtime == "tensorrt":
         instead = "write weights: fp16" if recipe.model.dtype == "float16" else "remove quantize.kv"
         raise LegalityError(
-            f"{recipe.origin(('quantize', 'kv', 'weights'))}: quantize.kv.weights: int8 slots are built for onnxruntime and tensorrt-rtx; "
-            f"NVIDIA's documents of TensorRT know one scale per tensor where codes are made, and int8 slots have one per head; {instead}"
+            f"{recipe.origin(('quantize', 'kv', 'weights'))}: quantize.kv.weights: {kv.weights} slots are built for onnxruntime and "
+            "tensorrt-rtx; NVIDIA's documents of TensorRT know one scale per tensor where codes are made, and such slots have one per "
+            f"head; {instead}"
         )
 
 
@@ -114,7 +84,7 @@ def needs_calibration(part: str, scheme: _Scheme) -> str | None:
         return "activations"
     if scheme.algorithm != "rtn":
         return "algorithm"
-    return "weights" if part == "kv" and scheme.weights in ("int8", "fp8") else None
+    return "weights" if part == "kv" and scheme.weights in CODES else None
 
 
 def check_calibration(recipe: Recipe) -> None:
@@ -137,11 +107,12 @@ def check_calibration(recipe: Recipe) -> None:
             f"{place}: quantize.calibration has nothing to calibrate: no part has activations, algorithm: awq or gptq, or an int8 or "
             "fp8 KV; remove it"
         )
-    for part, _, scheme in asking:
-        if scheme.activations in ("fp8", "nvfp4") and given.observer in ("entropy", "mse"):
+    for part, key, scheme in asking:
+        what = f"{scheme.activations} activations" if key == "activations" else f"{scheme.weights} codes"
+        if what in ("fp8 activations", "nvfp4 activations", "fp8 codes") and given.observer in ("entropy", "mse"):
             raise LegalityError(
                 f"{recipe.origin(('quantize', 'calibration', 'observer'))}: observer: {given.observer} reckons with equal steps, and the "
-                f"{scheme.activations} activations of quantize.{part} have none; write minmax or percentile"
+                f"{what} of quantize.{part} have none; write minmax or percentile"
             )
     if recipe.inputs.images and given.images is None:
         raise LegalityError(f"{place}: quantize.calibration lacks images, and inputs.images is {recipe.inputs.images}; add images: FOLDER")
@@ -202,7 +173,8 @@ def check_capability(recipe: Recipe, capabilities: tuple[str, ...]) -> None:
         LegalityError: at the line of the precision.
     """
     for where, what in precisions(recipe):
-        refuse_capability(str(recipe.origin(where)), what, capabilities)
+        fix = "write int8" if where == ("quantize", "kv", "weights") and what in CODES else "write float16"
+        refuse_capability(str(recipe.origin(where)), what, capabilities, fix)
 
 
 def refuse_capability(place: str, what: str, capabilities: tuple[str, ...], fix: str = "write float16") -> None:

@@ -38,7 +38,7 @@ def describe(folder: str | Path, *, operators: bool = False) -> dict[str, JsonVa
         "name": manifest.name,
         "model": str(manifest.recipe.get("model")),
         "dtype": program.dtype,
-        "slots": program.slot_dtype,
+        "slots": program.slot_kind,
         "images": program.images,
         "visual_tokens": [v.tokens for v in program.vision],
         "text_towers": [{"file": t.file, "tokens": t.tokens, "width": t.width} for t in program.towers],

@@ -1,8 +1,8 @@
 """One profile of an engine as a graph: its context, its inputs and outputs at fixed addresses, and its step as a captured CUDA graph.
 
 Integers and flags come from the host: they lie behind one another, on both sides, and go over in one copy. Floating point inputs, and
-int8, which only slots are, are bound where they lie on the device (slots, outputs of the graph before), copied from rows on the device, or
-uploaded.
+8-bit codes, which only slots are (int8, and fp8 as bytes), are bound where they lie on the device (slots, outputs of the graph before),
+copied from rows on the device, or uploaded.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EngineGraph", "Shared"]
 
+_CODES = (np.dtype(np.int8), np.dtype(np.uint8))
 _NEW = "present."
 """Outputs of this prefix are new rows of keys and values; they lie as the slots do, so that one copy appends them."""
 
@@ -115,7 +116,7 @@ class EngineGraph:
         if missing:
             raise BundleError(f"{file}: TensorRT wants values of {', '.join(missing)} for its shapes; build the bundle again")
         self._shapes |= {n: sizes(self._context.get_tensor_shape(n)) for n in names if n not in self._shapes}
-        self._dtypes = {n: np.dtype(shared.trt.nptype(engine.get_tensor_dtype(n))) for n in names}
+        self._dtypes = {n: _numpy_type(shared.trt, engine.get_tensor_dtype(n)) for n in names}
         for name in names:
             self._expect_static(name)
         self._bound: dict[str, int] = {}
@@ -168,7 +169,7 @@ class EngineGraph:
 
     def _lay_inputs(self) -> _Inputs:
         """Put integers and flags behind one another; those without elements (the empty past of a prefill) get a place that nobody reads."""
-        names = [n for n in self.inputs if self._dtypes[n].kind != "f" and self._dtypes[n] != np.int8 and self._bytes(n)]
+        names = [n for n in self.inputs if self._dtypes[n].kind != "f" and self._dtypes[n] not in _CODES and self._bytes(n)]
         empty = [n for n in self.inputs if not self._bytes(n)]
         made, size = _Inputs(), sum(aligned(self._bytes(n)) for n in names)
         made.base = self._cuda.allocate(size + aligned(0), f"inputs of {self._file}")
@@ -340,6 +341,11 @@ class EngineGraph:
         return BundleError(
             f"TensorRT {self._shared.trt.__version__} {what} in {self._file}: {self._shared.errors()}; see: tmc-export doctor"
         )
+
+
+def _numpy_type(trt: TensorRT, given: tensorrt.DataType) -> np.dtype[Any]:
+    """Numpy's type; of fp8, which it lacks, bytes."""
+    return np.dtype(np.uint8 if given == trt.DataType.FP8 else trt.nptype(given))
 
 
 def _write(view: Array, array: Array) -> None:

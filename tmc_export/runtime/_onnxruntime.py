@@ -23,8 +23,12 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-__all__ = ["OnnxRuntimeBackend"]
+__all__ = ["FP8", "OnnxRuntimeBackend", "as_fp8"]
 
+FP8 = "tensor(float8e4m3fn)"
+"""onnxruntime's name of fp8 codes."""
+_FLOAT8E4M3FN = 17
+"""Their number in ONNX's `TensorProto.DataType`."""
 
 _FILLED = "slots."
 """Outputs of this prefix are inputs `past_key_values.*` with a row written; they may have their memory."""
@@ -45,6 +49,7 @@ class _OrtGraph:
     ) -> None:
         self._session, self._file, self._weights, self._after = session, file, weights, after
         self.inputs = tuple(i.name for i in session.get_inputs())
+        self._codes = frozenset(i.name for i in session.get_inputs() if i.type == FP8)
         outputs = [o.name for o in session.get_outputs()]
         self._outputs = [name for name in outputs if not name.startswith(_FILLED)]
         self._filled = {name.replace(_FILLED, "past_key_values.", 1): name for name in outputs if name.startswith(_FILLED)}
@@ -57,7 +62,7 @@ class _OrtGraph:
             ResourceError: not enough memory to run it.
             BundleError: onnxruntime gives up on it for another reason.
         """
-        wanted = {name: feed[name] for name in self.inputs}
+        wanted = {name: as_fp8(name, feed[name]) if name in self._codes else feed[name] for name in self.inputs}
         names = [*self._outputs, *self._filled.values()]
         with self._errors():
             found = dict(zip(names, self._session.run(names, wanted), strict=True))
@@ -81,7 +86,7 @@ class _OrtGraph:
         wanted: dict[str, Any] = {name: feed[name] for name in self.inputs}
         with self._errors():
             if self._step is None:
-                self._step = _Step(self._session, self._filled, self._outputs)
+                self._step = _Step(self._session, self._filled, self._outputs, self._codes)
             found = self._step.run(wanted)
         return Outputs(found, found)
 
@@ -105,7 +110,7 @@ class _OrtGraph:
             raise BundleError(f"onnxruntime {ort.__version__} failed in {self._file}: {said}; verify the bundle") from error
 
 
-_TYPES = {"float": np.float32, "float16": np.float16, "int64": np.int64, "bool": np.bool_}
+_TYPES = {"float": np.float32, "float16": np.float16, "int64": np.int64, "bool": np.bool_, "float8e4m3fn": np.uint8}
 
 
 class _Step:
@@ -115,15 +120,15 @@ class _Step:
     the next run overwrites.
     """
 
-    def __init__(self, session: ort.InferenceSession, filled: Mapping[str, str], outputs: Sequence[str]) -> None:
-        self._session, self._filled = session, filled
+    def __init__(self, session: ort.InferenceSession, filled: Mapping[str, str], outputs: Sequence[str], codes: Collection[str]) -> None:
+        self._session, self._filled, self._codes = session, filled, codes
         self._binding = session.io_binding()
         self._arrays: dict[str, Array] = {}
         self._outputs: dict[str, Array] = {}
         for output in session.get_outputs():
             if output.name in outputs:
                 array = np.zeros(output.shape, _TYPES[output.type.removeprefix("tensor(").removesuffix(")")])
-                self._binding.bind_ortvalue_output(output.name, _in_place(output.name, array))
+                self._binding.bind_ortvalue_output(output.name, _in_place(output.name, array, output.type == FP8))
                 self._outputs[output.name] = array
 
     def run(self, feed: Mapping[str, Array]) -> dict[str, Array]:
@@ -134,7 +139,7 @@ class _Step:
         return self._outputs
 
     def _bind(self, name: str, array: Array) -> None:
-        value = _in_place(name, array)
+        value = _in_place(name, array, name in self._codes)
         self._arrays.pop(name, None)
         self._binding.bind_ortvalue_input(name, value)
         if name in self._filled:
@@ -142,9 +147,24 @@ class _Step:
         self._arrays[name] = array  # last: an interrupt leaves it to be bound again
 
 
-def _in_place(name: str, array: Array) -> ort.OrtValue:
+def as_fp8(name: str, codes: Held) -> ort.OrtValue:
+    """The bytes of fp8 codes as onnxruntime sees them, in the same memory: numpy has no such type. What it returns are bytes.
+
+    Args:
+        name: of the input, for the message.
+        codes: uint8, contiguous.
+
+    Raises:
+        BundleError: of another type.
+    """
+    if not isinstance(codes, np.ndarray) or codes.dtype != np.uint8:
+        raise BundleError(f"{name} takes fp8 codes as bytes (uint8), not {codes.dtype}; build the bundle again")
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.ascontiguousarray(codes), _FLOAT8E4M3FN)
+
+
+def _in_place(name: str, array: Array, fp8: bool = False) -> ort.OrtValue:
     """The array as onnxruntime sees it, in the same memory."""
-    value = ort.OrtValue.ortvalue_from_numpy(array)
+    value = as_fp8(name, array) if fp8 else ort.OrtValue.ortvalue_from_numpy(array)
     if value.data_ptr() != array.ctypes.data:
         raise ValueError(f"{name} was copied, so that what changes in place would not be seen")
     return value

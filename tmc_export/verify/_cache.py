@@ -22,7 +22,7 @@ class Cache:
 
     Args:
         layers: of the decoder.
-        codes: slots of int8: every row is rounded to its codes as it comes, so that the layer that made it sees it so, too. None: rows are
+        codes: slots of codes: every row is rounded to them as it comes, so that the layer that made it sees it so, too. None: rows are
             kept as they are.
     """
 
@@ -32,7 +32,7 @@ class Cache:
         self.orders = [torch.zeros(0, dtype=torch.int64) for _ in range(layers)]
         self.storing = True
         self._scales = {} if codes is None else {name: torch.tensor(s)[None, :, None, None] for name, s in codes.scales.items()}
-        self._rounding = codes is not None
+        self._codes = None if codes is None else codes.dtype
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Append `[1, g, T, d]` and return all rows; nothing is stored inside `peeking`."""
@@ -45,10 +45,14 @@ class Cache:
         return key, value
 
     def _rounded(self, rows: Tensor, name: str) -> Tensor:
-        if not self._rounding:
+        if self._codes is None:
             return rows
-        scale = self._scales[name]
-        return ((rows.float() / scale).round().clamp(-128, 127) * scale).to(rows.dtype)
+        scaled = rows.float() / self._scales[name]
+        if self._codes == "fp8":
+            codes = scaled.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+        else:
+            codes = scaled.round().clamp(-128, 127)
+        return (codes * self._scales[name]).to(rows.dtype)
 
     @contextmanager
     def peeking(self) -> Iterator[None]:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tmc_export.bundle.program import Program
+from tmc_export.bundle.program import Program, SlotCodes
+from tmc_export.verify._codes import codes_of, numbers_of, steps_between
 from tmc_export.verify.compare import Check, compare_tensor
 from tmc_export.verify.tolerances import Tolerance
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["compare_rows", "filled_slots"]
 
 _TURNED = 0.005
-"""Share of a tensor's codes, at least one, that may be the next one: what lies half-way turns with the order that sums are made in."""
+"""Share of a tensor's codes, at least one, that may be the one beside: what lies half-way turns with the order that sums are made in."""
 
 
 def filled_slots(program: Program, name: str, rows: Array, slots: int) -> Array:
@@ -35,7 +36,7 @@ def filled_slots(program: Program, name: str, rows: Array, slots: int) -> Array:
         slots: C.
     """
     found = np.zeros((1, rows.shape[0], slots, rows.shape[2]), program.slot_dtype)
-    found[0, :, : rows.shape[1]] = rows if program.kv is None else _codes(program.kv.scales[name], rows)
+    found[0, :, : rows.shape[1]] = rows if program.kv is None else _codes(program.kv, name, rows)
     return found
 
 
@@ -58,23 +59,22 @@ def compare_rows(
     """
     if program.kv is None or got is None:
         return compare_tensor(label, got, want, tolerance, file)
-    if got.dtype != np.dtype(program.kv.dtype):
-        return Check(label, file, False, f"is {got.dtype}, the slots are {program.kv.dtype}")
-    scales = program.kv.scales[name]
-    check = compare_tensor(label, got * _column(scales), want, tolerance, file)
-    if precision != "int8 slots" or check.metrics is None:
+    kind = program.kv.dtype
+    if got.dtype != np.dtype(program.kv.held):
+        return Check(label, file, False, f"is {got.dtype}, the slots are {kind}, held as {program.kv.held}")
+    check = compare_tensor(label, numbers_of(kind, got) * _column(program.kv, name), want, tolerance, file)
+    if precision != f"{kind} slots" or check.metrics is None:
         return check
-    off = np.abs(got.astype(np.int64) - _codes(scales, want))
+    off = steps_between(got, _codes(program.kv, name, want))
     turned, worst, allowed = int((off > 0).sum()), int(off.max(initial=0)), max(1, int(_TURNED * off.size))
     fine = worst <= 1 and turned <= allowed
     note = "" if fine else f"{turned} of {off.size} codes differ, by up to {worst}; {allowed} may, by 1"
     return replace(check, passed=fine, note=note)
 
 
-def _column(scales: tuple[float, ...]) -> Array:
-    return np.array(scales, np.float32)[:, None, None]
+def _column(codes: SlotCodes, name: str) -> Array:
+    return np.array(codes.scales[name], np.float32)[:, None, None]
 
 
-def _codes(scales: tuple[float, ...], rows: Array) -> Array:
-    found: Array = np.clip(np.rint(rows.astype(np.float64) / _column(scales)), -128, 127).astype(np.int8)
-    return found
+def _codes(codes: SlotCodes, name: str, rows: Array) -> Array:
+    return codes_of(codes.dtype, rows.astype(np.float64) / _column(codes, name))

@@ -141,7 +141,8 @@ def saved_ladder(bundle: Path, outputs: Path, progress: Progress = lambda _: Non
 def precision_of_manifest(manifest: Manifest) -> Precision:
     """Return the row of the tolerance tables; as `precision_of`, from the recorded plan."""
     grades = {grade(weights, activations) for weights, activations in manifest.rounding}
-    return coarsest(grades, str(manifest.plan.get("dtype")), manifest.program.kv is not None)
+    kv = manifest.program.kv
+    return coarsest(grades, str(manifest.plan.get("dtype")), None if kv is None else kv.dtype)
 
 
 def _foreign(manifest: Manifest) -> str | None:
@@ -303,10 +304,10 @@ def _with_plan(shared: _Climb) -> list[Rung]:
             not_run(RUNGS[2], "the bundle holds no recorded conversations to compare with; later rungs compare with the reference itself")
         ]
     codes = shared.manifest.program.kv
-    table = tolerance("eager", "float32") if codes is None else tolerance("end_to_end", "int8 slots")  # other machines turn other codes
+    table = tolerance("eager", "float32") if codes is None else tolerance("end_to_end", f"{codes.dtype} slots")  # machines turn other codes
     checks, note = list(compare_with_recorded(shared.model, shared.plan, recorded, table, codes)), ""
     if codes is not None:
-        checks += compare_with_plain_slots(shared.model, shared.plan, shared.cases, tolerance("end_to_end", "int8"))
+        checks += compare_with_plain_slots(shared.model, shared.plan, shared.cases, tolerance("end_to_end", codes.dtype))
         note = f", and what {codes.dtype} slots cost"
     return [rung_of(RUNGS[2], checks, f"the reference with the plan, against the bundle's recorded outputs{note}")]
 

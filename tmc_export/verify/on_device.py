@@ -24,7 +24,7 @@ __all__ = ["NO_GPU", "RUNG", "device_precision", "device_rung"]
 RUNG = "TensorRT"
 """The last rung of the ladder."""
 NO_GPU = "engines are executed on the device only: run tmc-export verify there, with --backend tensorrt or tensorrt-rtx"
-_AS_HALF: Mapping[str, Precision] = {"float32": "float16", "int8 slots": "int8 slots, half"}
+_AS_HALF: Mapping[str, Precision] = {"float32": "float16", "int8 slots": "int8 slots, half", "fp8 slots": "fp8 slots, half"}
 
 
 def device_precision(precision: Precision) -> Precision:

@@ -29,8 +29,8 @@ __all__ = [
 ]
 
 Precision = Literal[
-    "float32", "float16", "int8 slots", "int8 slots, half", "bf16", "int8", "int8 w8a8", "fp8", "fp8 w8a8", "int4", "nvfp4",
-    "nvfp4 w4a4",
+    "float32", "float16", "int8 slots", "int8 slots, half", "fp8 slots", "fp8 slots, half", "bf16", "int8", "int8 w8a8", "fp8",
+    "fp8 w8a8", "int4", "nvfp4", "nvfp4 w4a4",
 ]  # fmt: skip
 
 FLOAT16_MAX = 65504.0
@@ -93,6 +93,22 @@ TOLERANCES: Mapping[tuple[str, str], Tolerance] = {
     ),
     ("end_to_end", "int8 slots, half"): Tolerance(
         rtol=5e-2, atol=1e-3, sqnr_db=30, kl=1e-2, same_tokens=False,
+        reason="float16's end to end, and what turned codes add to it",
+    ),
+    ("subgraph", "fp8 slots"): Tolerance(
+        rtol=5e-2, atol=1e-3, sqnr_db=45, kl=1e-4, same_tokens=False,
+        reason="as int8 slots; few codes lie half-way, and a turned one is up to 1 / 14 of its head's range",
+    ),
+    ("end_to_end", "fp8 slots"): Tolerance(
+        rtol=5e-2, atol=1e-3, sqnr_db=42, kl=1e-2, same_tokens=False,
+        reason="the same through all layers; below what a cache that does not round is away, 20 to 30 dB",
+    ),
+    ("subgraph", "fp8 slots, half"): Tolerance(
+        rtol=0.13, atol=1e-3, sqnr_db=25, kl=1e-2, same_tokens=False,
+        reason="beside float16 rows differ by 2^-11 of themselves, so that some codes in a hundred turn, each by up to 1 / 8 of itself",
+    ),
+    ("end_to_end", "fp8 slots, half"): Tolerance(
+        rtol=0.15, atol=1e-3, sqnr_db=22, kl=3e-2, same_tokens=False,
         reason="float16's end to end, and what turned codes add to it",
     ),
     ("subgraph", "bf16"): Tolerance(
@@ -166,6 +182,8 @@ MARGINS: Mapping[str, tuple[float, str]] = {
     "float16": (1e-2, "scores are float32, but the hidden states they come from carry float16's subgraph rtol"),
     "int8 slots": (1e-2, "scores are of keys of which one may be a step of its head's range off, about a hundredth of that token's score"),
     "int8 slots, half": (2e-2, "the same, and hidden states that carry float16's subgraph rtol"),
+    "fp8 slots": (3e-2, "as int8 slots; a number's neighbour is up to 1 / 8 of it away, of the many that a score sums up"),
+    "fp8 slots, half": (5e-2, "the same, and hidden states that carry float16's subgraph rtol"),
     "bf16": (2e-2, "hidden states carry a few times the rounding of weights to 8 bits, 2^-9 of each"),
     "int8": (3e-2, "weights differ by their quantization step of max / 127; only choices that are clear beside it are compared"),
     "int8 w8a8": (1e-1, "hidden states carry the steps of every product's input; only choices that are clear beside them are compared"),
@@ -196,22 +214,25 @@ def precision_of(plan: Plan) -> Precision:
     Codes that the checkpoint brings round nothing: the reference computes with what they stand for.
     """
     kv = plan.quantize.get("kv")
+    codes = kv.weights if kv is not None and (kv.weights == "int8" or kv.weights == "fp8") else None
     schemes = {grade(s.weights, s.activations) for part, s in plan.quantize.items() if part != "kv" and s.stored is None}
-    return coarsest(schemes, plan.dtype, kv is not None and kv.weights == "int8")
+    return coarsest(schemes, plan.dtype, codes)
 
 
-def coarsest(schemes: Collection[str], dtype: str, codes: bool = False) -> Precision:
+def coarsest(schemes: Collection[str], dtype: str, codes: Literal["int8", "fp8"] | None = None) -> Precision:
     """Return the row of the tables for some weight schemes beside a base precision, and slots of codes.
 
-    >>> coarsest({"int8", "fp16"}, "float32"), coarsest(set(), "float16"), coarsest(set(), "float32", codes=True)
-    ('int8', 'float16', 'int8 slots')
+    >>> coarsest({"int8", "fp16"}, "float32"), coarsest(set(), "float16"), coarsest(set(), "float32", "fp8")
+    ('int8', 'float16', 'fp8 slots')
     """
     found = next((name for name in _COARSE if name in schemes), None)
     if found is not None:
         return found
     half = "fp16" in schemes or dtype != "float32"
-    if codes:  # the reference rounds to codes, too, so that any weight scheme is coarser
+    if codes == "int8":  # the reference rounds to codes, too, so that any weight scheme is coarser
         return "int8 slots, half" if half else "int8 slots"
+    if codes == "fp8":
+        return "fp8 slots, half" if half else "fp8 slots"
     return "float16" if half else "float32"
 
 
