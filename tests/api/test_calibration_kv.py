@@ -114,5 +114,6 @@ def test_scales_of_heads() -> None:
     wide.add(np.r_[np.full((999, 2), 1.0), [[1.0, 100.0]]].astype(np.float32))
     still.add(np.zeros((4, 2), np.float32))
     assert slot_scales({"0.key": (wide, still)}) == {"0.key": (100 / 127, 1 / 127)}
+    assert slot_scales({"0.key": (wide, still)}, codes="fp8") == {"0.key": (100 / 448, 1 / 448)}
     narrow = slot_scales({"0.key": (wide,)}, "percentile", 99.0)["0.key"][0]
     assert 1 / 127 <= narrow < 2 / 127

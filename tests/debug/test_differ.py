@@ -48,6 +48,15 @@ def test_codes_may_be_the_next_one() -> None:
     assert compare("t", codes.astype(np.int64) + 1, codes.astype(np.int64), TABLE) is not None
 
 
+def test_bytes_of_slots_are_fp8_codes() -> None:
+    """Sign and magnitude: the neighbours of 0 are the smallest numbers of either sign, and there are two zeros. Other bytes are numbers."""
+    codes = np.array([0x00, 0x38, 0xB8, 0x7E], np.uint8)
+    assert compare("present.0.key", np.array([0x81, 0x39, 0xB7, 0x7E], np.uint8), codes, TABLE) is None
+    found = compare("present.0.key", np.array([0x82, 0x38, 0xB8, 0x7E], np.uint8), codes, TABLE)
+    assert found is not None and (found.error, found.allowed) == (2.0, 1.0) and found.note == "differs in 1 of 4 places"
+    assert compare("x.codes", codes + np.uint8(1), codes, TABLE) is not None
+
+
 def test_the_same_infinity_is_equal() -> None:
     both = np.array([-np.inf, 1], np.float32)
     assert compare("t", both, both.copy(), TABLE) is None

@@ -25,13 +25,16 @@ def graph(text: str, **weights: NDArray[Any]) -> ir.Model:
 
 
 def run(model: ir.Model, feed: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-    """Run on onnxruntime's CPU provider, without its own rewriting."""
+    """Run on onnxruntime's CPU provider, without its own rewriting; fp8 codes are bytes, in and out."""
     import onnxruntime as ort
+
+    from tmc_export.runtime._onnxruntime import FP8, as_fp8
 
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return [np.asarray(v) for v in session.run(None, {n: feed[n] for n in (i.name for i in session.get_inputs())})]
+    given = {i.name: as_fp8(i.name, feed[i.name]) if i.type == FP8 else feed[i.name] for i in session.get_inputs()}
+    return [np.asarray(v) for v in session.run(None, given)]
 
 
 def operators(model: ir.Model) -> list[str]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir.passes.common as common
 
 from tests.passes._models import graph, operators, run
 from tmc_export.passes.drop_empty_inputs import DropEmptyInputsPass
@@ -14,6 +15,20 @@ def test_an_empty_past_goes() -> None:
     assert DropEmptyInputsPass()(model).modified
     assert operators(model) == ["Neg"] and [i.name for i in model.graph.inputs] == ["x"]
     np.testing.assert_array_equal(run(model, {"x": X})[0], -X)
+
+
+def test_an_empty_past_of_codes_goes_with_what_widens_it() -> None:
+    text = "(int8[0, 3] past, float[2, 3] x, float s) => (float[2, 3] y) { w = DequantizeLinear(past, s)  c = Concat<axis = 0>(w, x)  y = Neg(c) }"
+    model = common.ShapeInferencePass()(graph(text)).model
+    assert DropEmptyInputsPass()(model).modified
+    assert operators(model) == ["Neg"] and [i.name for i in model.graph.inputs] == ["x"]
+    np.testing.assert_array_equal(run(model, {"x": X})[0], -X)
+
+
+def test_codes_that_are_there_are_widened() -> None:
+    text = "(int8[1, 3] past, float[2, 3] x, float s) => (float[3, 3] y) { w = DequantizeLinear(past, s)  y = Concat<axis = 0>(w, x) }"
+    model = common.ShapeInferencePass()(graph(text)).model
+    assert not DropEmptyInputsPass()(model).modified and operators(model) == ["DequantizeLinear", "Concat"]
 
 
 def test_the_others_are_still_joined() -> None:

@@ -57,7 +57,7 @@ def new_rows(cuda: Cuda, driver: FakeDriver, shape: tuple[int, ...], dtype: str,
 SHAPES = [(1, 2, 12, 8), (1, 1, 7, 16), (1, 3, 5, 64), (1, 2, 150, 4)]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8", "uint8"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "anywhere"])
 def test_appended_rows_are_those_of_arrays(cuda: Cuda, driver: FakeDriver, shape: tuple[int, ...], dtype: str, stacked: bool) -> None:

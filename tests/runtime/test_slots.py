@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -51,16 +51,18 @@ def test_compacting_moves_the_kept_rows_together_and_leaves_earlier_turns_alone(
     assert _held(slots, 0) == [10, 11, 20, 23, 24, 30] and slots.order[0, 5] == 7
 
 
-def test_codes_are_kept_and_moved_as_they_are() -> None:
-    """int8 slots: nothing is widened on the way, and nothing is cast into them."""
+@pytest.mark.parametrize(("codes", "held"), [("int8", np.int8), ("fp8", np.uint8)])
+def test_codes_are_kept_and_moved_as_they_are(codes: Literal["int8", "fp8"], held: type[np.generic]) -> None:
+    """Nothing is widened on the way, and nothing is cast into them; fp8 codes are bytes."""
     program = make_program(layers=2, visual=4, text=4, new=2)
-    program = program.model_copy(update={"kv": SlotCodes(dtype="int8", scales={})})
+    program = program.model_copy(update={"kv": SlotCodes(dtype=codes, scales={})})
+    assert program.slot_kind == codes and program.slot_dtype == np.dtype(held).name
     slots = BlockSlots(program.blocks[0], program)
-    slots.write({name: np.nan_to_num(rows).astype(np.int8) for name, rows in _new(4, 4, 120).items()}, np.array([0, 1, 2, 3]))
+    slots.write({name: np.nan_to_num(rows).astype(held) for name, rows in _new(4, 4, 120).items()}, np.array([0, 1, 2, 3]))
     slots.compact(0, np.array([True, False, False, True]))
-    assert {array.dtype for name, array in slots.feed().items() if name.startswith("past_key")} == {np.dtype(np.int8)}
+    assert {array.dtype for name, array in slots.feed().items() if name.startswith("past_key")} == {np.dtype(held)}
     assert _held(slots, 0) == [120, 123] and _held(slots, 1) == [121, 124]
-    with pytest.raises(BundleError, match="new rows of float32 do not fit slots of int8; build the bundle again"):
+    with pytest.raises(BundleError, match=f"new rows of float32 do not fit slots of {np.dtype(held)}; build the bundle again"):
         slots.write(_new(1, 1, 5), np.array([4]))
 
 

@@ -86,9 +86,9 @@ def fetch(driver: FakeDriver, held: Held) -> np.ndarray:
     return driver.at(held.address, held.nbytes).view(held.dtype).reshape(held.shape)
 
 
-@pytest.mark.parametrize("case", ["codes"], indirect=True)
+@pytest.mark.parametrize("case", ["codes", "fp8"], indirect=True)
 def test_codes_are_bound_where_the_slots_lie(case: Path) -> None:
-    """int8 is no integer that the host writes: slots would be uploaded with each token."""
+    """Codes, int8 or bytes of fp8, are no integers that the host writes: slots would be uploaded with each token."""
     _, session = told(case, FakeDriver())
     graphs = session._backend._graphs.values()  # type: ignore[attr-defined]
     slots = {n for g in graphs if isinstance(g, EngineGraph) for n in g.inputs if n.startswith(("past_key", "key.", "next_key."))}

@@ -98,8 +98,8 @@ def test_half_precision_passes_and_more_fails(bundle: Path, factor: float, code:
 
 
 def test_rows() -> None:
-    assert [device_precision(p) for p in ("float32", "float16", "int8 slots", "int8", "bf16")] == [
-        "float16", "float16", "int8 slots, half", "int8", "bf16",
+    assert [device_precision(p) for p in ("float32", "float16", "int8 slots", "fp8 slots", "int8", "bf16")] == [
+        "float16", "float16", "int8 slots, half", "fp8 slots, half", "int8", "bf16",
     ]  # fmt: skip
 
 
