@@ -36,7 +36,11 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "examples" / "tiny-llava")]
 from benchmarks._answers import ask, divergence, overlap  # noqa: E402
 from benchmarks._common import alternate, hardware, paired, save, workplace  # noqa: E402
 from benchmarks._decoder036b import measure  # noqa: E402
-from benchmarks.schemes_accuracy import SCHEMES, code_digest, wants_data  # noqa: E402
+from benchmarks.schemes_accuracy import SCHEMES as SHARED  # noqa: E402
+from benchmarks.schemes_accuracy import code_digest, wants_data  # noqa: E402
+
+SCHEMES: dict[str, dict[str, Any]] = {**SHARED, "fp8-slots": {"kv": {"weights": "fp8"}}}
+"""Name of a row → `quantize`."""
 
 PLANS = ("none", "visionzip", "fastv", "pool")
 TOKENS = 8

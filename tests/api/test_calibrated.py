@@ -317,6 +317,7 @@ def test_a_simulation_gives_the_bundle_s_logits(home: Path, build: Callable[...,
         "awq": ("decoder: {weights: int4, block: 32, algorithm: awq}", 100.0),
         "gptq": ("decoder: {weights: int4, block: 32, algorithm: gptq}", 100.0),
         "slots": ("kv: {weights: int8}", 60.0),
+        "fp8-slots": ("kv: {weights: fp8}", 60.0),
         "fp8": (W8A8.replace("int8", "fp8") + "}", 30.0),
     }
     for name, (parts, least) in rows.items():

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tmc_export.core.lazy import require
+from tmc_export.debug._fp8 import with_codes_inside
 from tmc_export.debug.differ import Difference, compare, wrong_nodes
 from tmc_export.debug.fault import Fault, Kind, NodeFault
 from tmc_export.debug.graph import Workspace, cut_out, execute, load_graph, mark_all, weights_of
@@ -84,7 +85,8 @@ def locate_difference(
         fault = NodeFault(node.name, _operator(node), found.tensor, found.error, found.allowed, found.note, weights, differing, beside)
         inputs = {i.name: right[i.name] for i in part.graph.input}
         want = {o.name: right[o.name] for o in part.graph.output if o.name in right}
-        return Fault(file, "parity", why, compared_with, fault, len(model.graph.node), inline(part, here.folder), inputs, want)
+        reduced, inputs = with_codes_inside(inline(part, here.folder), inputs)
+        return Fault(file, "parity", why, compared_with, fault, len(model.graph.node), reduced, inputs, want)
 
 
 def _first_alone(
@@ -177,7 +179,8 @@ def locate_refusal(
     beside = tuple(f"{_operator(n)} {n.name}" for n in part.graph.node if n is not node)
     fault = NodeFault(node.name, _operator(node), next(name for name in node.output if name), weights=weights, beside=beside)
     inputs = {i.name: values[i.name] for i in part.graph.input if i.name in values}
-    return Fault(file, kind, why, "", fault, len(model.graph.node), inline(part, space.folder), inputs)
+    reduced, inputs = with_codes_inside(inline(part, space.folder), inputs)
+    return Fault(file, kind, why, "", fault, len(model.graph.node), reduced, inputs)
 
 
 def _manner(said: str) -> str:
