@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
@@ -28,13 +27,12 @@ def run(model: ir.Model, feed: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]
     """Run on onnxruntime's CPU provider, without its own rewriting; fp8 codes are bytes, in and out."""
     import onnxruntime as ort
 
-    from tmc_export.runtime._onnxruntime import FP8, as_fp8
+    from tmc_export.runtime import _fp8
 
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
-    given = {i.name: as_fp8(i.name, feed[i.name]) if i.type == FP8 else feed[i.name] for i in session.get_inputs()}
-    return [np.asarray(v) for v in session.run(None, given)]
+    return list(_fp8.run(session, [o.name for o in session.get_outputs()], {i.name: feed[i.name] for i in session.get_inputs()}).values())
 
 
 def operators(model: ir.Model) -> list[str]:

@@ -18,7 +18,9 @@ def test_an_empty_past_goes() -> None:
 
 
 def test_an_empty_past_of_codes_goes_with_what_widens_it() -> None:
-    text = "(int8[0, 3] past, float[2, 3] x, float s) => (float[2, 3] y) { w = DequantizeLinear(past, s)  c = Concat<axis = 0>(w, x)  y = Neg(c) }"
+    text = """(int8[0, 3] past, float[2, 3] x, float s) => (float[2, 3] y) {
+      w = DequantizeLinear(past, s)  c = Concat<axis = 0>(w, x)  y = Neg(c)
+    }"""
     model = common.ShapeInferencePass()(graph(text)).model
     assert DropEmptyInputsPass()(model).modified
     assert operators(model) == ["Neg"] and [i.name for i in model.graph.inputs] == ["x"]

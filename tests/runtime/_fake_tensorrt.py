@@ -20,7 +20,7 @@ from tests.runtime._fake_cuda import Call, FakeDriver, Fault, Work
 from tmc_export.engine._proto import with_plain_locations
 from tmc_export.engine.bundle import EngineRecord, engine_file, file_sha256
 from tmc_export.engine.profiles import read_profiles
-from tmc_export.runtime._onnxruntime import FP8, as_fp8
+from tmc_export.runtime._fp8 import FP8, run
 
 SCRATCH = 1000
 """Bytes of working memory per profile, times its number plus one."""
@@ -49,8 +49,7 @@ def compute(path: Path, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
     """Run a graph of a bundle."""
     made = session(path)
     names = [o.name for o in made.get_outputs()]
-    given = {i.name: as_fp8(i.name, feed[i.name]) if i.type == FP8 else feed[i.name] for i in made.get_inputs()}
-    return dict(zip(names, made.run(names, given), strict=True))
+    return run(made, names, {i.name: feed[i.name] for i in made.get_inputs()})
 
 
 def place_engines(

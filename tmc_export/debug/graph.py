@@ -169,7 +169,7 @@ def execute(path: Path, feed: Mapping[str, Array], *, optimised: bool = True, lo
     """
     import onnxruntime as ort
 
-    from tmc_export.runtime._onnxruntime import FP8, as_fp8
+    from tmc_export.runtime._fp8 import run
 
     options = ort.SessionOptions()
     options.log_severity_level = 4
@@ -181,8 +181,7 @@ def execute(path: Path, feed: Mapping[str, Array], *, optimised: bool = True, lo
         names = [] if load_only else [o.name for o in session.get_outputs()]
         if not names:
             return {}
-        given = {i.name: as_fp8(i.name, feed[i.name]) if i.type == FP8 else feed[i.name] for i in session.get_inputs()}
-        return dict(zip(names, session.run(names, given), strict=True))
+        return run(session, names, {i.name: feed[i.name] for i in session.get_inputs()})
     except MemoryError:
         raise
     except KeyError as error:

@@ -75,30 +75,39 @@ def _rewrite(graph: ir.Graph, value: ir.Value, name: str, scales: NDArray[Any], 
     scale = constant(graph, f"slots.{name}.scale", scales, scales.dtype)
     exact = value.type
     value.type = ir.TensorType(code)
+    by = [scale]
+    if code is ir.DataType.FLOAT8E4M3FN:  # onnxruntime 1.23 moves such nodes, and takes codes without a zero point for uint8
+        by.append(_zero(graph, len(scales), code))
     joined = _joined(value)
     if joined is None:
         if (value.name or "").startswith(_PAST):
             raise ExportError(f"{graph.name}: '{value.name}' is not read by the one Concat that puts new rows behind it")
         if value.uses():
-            _widen(graph, value, scale, exact, next(iter(graph)), before=True)
+            _widen(graph, value, by, exact, next(iter(graph)), before=True)
     else:
         new = joined.inputs[1]
         if new is None:
             raise ExportError(f"{graph.name}: nothing is put behind '{value.name}'")
-        zero = constant(graph, f"slots.zero_{len(scales)}", np.zeros(len(scales)), code.numpy())
-        rounding = ir.node("QuantizeLinear", [new, scale, zero], attributes={"axis": 1}, name=f"slots.{name}.quantize")
+        rounding = ir.node(
+            "QuantizeLinear", [new, scale, _zero(graph, len(scales), code)], attributes={"axis": 1}, name=f"slots.{name}.quantize"
+        )
         codes = rounding.outputs[0]
         codes.name, codes.shape, codes.type = f"slots.{name}.codes", new.shape, value.type
         graph.insert_before(joined, rounding)
         joined.replace_input_with(1, codes)
         if code is ir.DataType.FLOAT8E4M3FN:
-            _widen(graph, value, scale, exact, joined, before=True)
-            _widen(graph, codes, scale, exact, joined, before=True)
+            _widen(graph, value, by, exact, joined, before=True)
+            _widen(graph, codes, by, exact, joined, before=True)
         else:
             joined.outputs[0].type = value.type
-            _widen(graph, joined.outputs[0], scale, exact, joined)
+            _widen(graph, joined.outputs[0], by, exact, joined)
         if value.name is not None and value.name.startswith(_PAST):
             _return(graph, f"{_NEW}{name}", new, codes)
+
+
+def _zero(graph: ir.Graph, heads: int, code: ir.DataType) -> ir.Value:
+    """The zero point 0 of every head, which says what the codes are."""
+    return constant(graph, f"slots.zero_{heads}", np.zeros(heads), code.numpy())
 
 
 def _joined(value: ir.Value) -> ir.Node | None:
@@ -113,9 +122,11 @@ def _readers(value: ir.Value) -> list[tuple[ir.Node, int]]:
     return [(use.node, use.idx) for use in value.uses() if use.node.op_type != "Shape"]
 
 
-def _widen(graph: ir.Graph, codes: ir.Value, scale: ir.Value, exact: ir.TypeProtocol | None, place: ir.Node, before: bool = False) -> None:
-    """Let every reader of codes read what they stand for."""
-    node = ir.node("DequantizeLinear", [codes, scale], attributes={"axis": 1}, name=f"{codes.name}.dequantize")
+def _widen(
+    graph: ir.Graph, codes: ir.Value, by: list[ir.Value], exact: ir.TypeProtocol | None, place: ir.Node, before: bool = False
+) -> None:
+    """Let every reader of codes read what they stand for, by a scale and maybe a zero point."""
+    node = ir.node("DequantizeLinear", [codes, *by], attributes={"axis": 1}, name=f"{codes.name}.dequantize")
     out = node.outputs[0]
     out.name, out.shape, out.type = f"{codes.name}.dequantized", codes.shape, exact
     readers = [(reader, index) for reader, index in _readers(codes) if reader is not node]

@@ -14,6 +14,8 @@ import onnxruntime as ort
 from tmc_export.bundle.read import path_in
 from tmc_export.core.errors import BundleError, ResourceError, RuntimeInputError
 from tmc_export.runtime._backend import PROVIDERS, BackendOptions, Held, Outputs
+from tmc_export.runtime._fp8 import FP8, as_fp8
+from tmc_export.runtime._fp8 import run as run_codes
 from tmc_export.runtime._host import HostMemory
 from tmc_export.runtime._malloc import give_back_large_blocks
 from tmc_export.runtime._mapped import MappedWeights, SharedWeights
@@ -23,12 +25,8 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-__all__ = ["FP8", "OnnxRuntimeBackend", "as_fp8"]
+__all__ = ["OnnxRuntimeBackend"]
 
-FP8 = "tensor(float8e4m3fn)"
-"""onnxruntime's name of fp8 codes."""
-_FLOAT8E4M3FN = 17
-"""Their number in ONNX's `TensorProto.DataType`."""
 
 _FILLED = "slots."
 """Outputs of this prefix are inputs `past_key_values.*` with a row written; they may have their memory."""
@@ -49,8 +47,8 @@ class _OrtGraph:
     ) -> None:
         self._session, self._file, self._weights, self._after = session, file, weights, after
         self.inputs = tuple(i.name for i in session.get_inputs())
-        self._codes = frozenset(i.name for i in session.get_inputs() if i.type == FP8)
         outputs = [o.name for o in session.get_outputs()]
+        self._codes = any(value.type == FP8 for value in (*session.get_inputs(), *session.get_outputs()))
         self._outputs = [name for name in outputs if not name.startswith(_FILLED)]
         self._filled = {name.replace(_FILLED, "past_key_values.", 1): name for name in outputs if name.startswith(_FILLED)}
         self._step: _Step | None = None
@@ -62,10 +60,12 @@ class _OrtGraph:
             ResourceError: not enough memory to run it.
             BundleError: onnxruntime gives up on it for another reason.
         """
-        wanted = {name: as_fp8(name, feed[name]) if name in self._codes else feed[name] for name in self.inputs}
+        wanted = {name: feed[name] for name in self.inputs}
         names = [*self._outputs, *self._filled.values()]
         with self._errors():
-            found = dict(zip(names, self._session.run(names, wanted), strict=True))
+            found = (
+                run_codes(self._session, names, wanted) if self._codes else dict(zip(names, self._session.run(names, wanted), strict=True))
+            )
         for name in self._filled.values():  # the row that was written, as the other phases return it
             row = int(np.asarray(feed["past_valid"]).sum())
             found[name.replace(_FILLED, "present.", 1)] = found.pop(name)[:, :, row : row + 1]
@@ -86,7 +86,7 @@ class _OrtGraph:
         wanted: dict[str, Any] = {name: feed[name] for name in self.inputs}
         with self._errors():
             if self._step is None:
-                self._step = _Step(self._session, self._filled, self._outputs, self._codes)
+                self._step = _Step(self._session, self._filled, self._outputs)
             found = self._step.run(wanted)
         return Outputs(found, found)
 
@@ -120,8 +120,9 @@ class _Step:
     the next run overwrites.
     """
 
-    def __init__(self, session: ort.InferenceSession, filled: Mapping[str, str], outputs: Sequence[str], codes: Collection[str]) -> None:
-        self._session, self._filled, self._codes = session, filled, codes
+    def __init__(self, session: ort.InferenceSession, filled: Mapping[str, str], outputs: Sequence[str]) -> None:
+        self._session, self._filled = session, filled
+        self._codes = frozenset(i.name for i in session.get_inputs() if i.type == FP8)
         self._binding = session.io_binding()
         self._arrays: dict[str, Array] = {}
         self._outputs: dict[str, Array] = {}
@@ -145,21 +146,6 @@ class _Step:
         if name in self._filled:
             self._binding.bind_ortvalue_output(self._filled[name], value)
         self._arrays[name] = array  # last: an interrupt leaves it to be bound again
-
-
-def as_fp8(name: str, codes: Held) -> ort.OrtValue:
-    """The bytes of fp8 codes as onnxruntime sees them, in the same memory: numpy has no such type. What it returns are bytes.
-
-    Args:
-        name: of the input, for the message.
-        codes: uint8, contiguous.
-
-    Raises:
-        BundleError: of another type.
-    """
-    if not isinstance(codes, np.ndarray) or codes.dtype != np.uint8:
-        raise BundleError(f"{name} takes fp8 codes as bytes (uint8), not {codes.dtype}; build the bundle again")
-    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.ascontiguousarray(codes), _FLOAT8E4M3FN)
 
 
 def _in_place(name: str, array: Array, fp8: bool = False) -> ort.OrtValue:
