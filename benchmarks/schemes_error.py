@@ -148,7 +148,7 @@ class Bench:
         return MODELS[self.name]
 
     def bundle(self, plan: str, scheme: str) -> Path:
-        """Build a row's bundle, unless it is there. Schemes share the traced graphs; `tests/api/test_traced.py` shows that they are equal."""
+        """Build a row's bundle, unless it is there. Schemes share the traced graphs; `tests/api/test_traced.py` shows them equal."""
         from tests._traced import traced_once
         from tmc_export.api.bundling import build_bundle
 
