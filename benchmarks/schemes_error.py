@@ -45,8 +45,6 @@ SCHEMES: dict[str, dict[str, Any]] = {**SHARED, "fp8-slots": {"kv": {"weights": 
 PLANS = ("none", "visionzip", "fastv", "pool")
 TOKENS = 8
 """Of an answer."""
-HELD = 24
-"""Questions that are asked with choices held, at most."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +56,7 @@ class Model:
         questions: pictures (arrays) and questions; the first half answers, the others are what calibration sees.
         inputs: the recipe's.
         compress: compression → entries.
+        held: questions that are asked with choices held, at most; each is an answer in PyTorch.
         prefills, tokens: timed in each process.
     """
 
@@ -65,6 +64,7 @@ class Model:
     questions: Callable[[], list[tuple[Any, str]]]
     inputs: dict[str, int]
     compress: dict[str, list[dict[str, Any]]]
+    held: int = 24
     prefills: int = 20
     tokens: int = 24
 
@@ -127,8 +127,8 @@ MODELS = {
     "tiny-llava": Model(
         lambda base: REPOSITORY / "examples" / "tiny-llava", _scenes, {"images": 1, "text_tokens": 32, "new_tokens": 32}, _compress(196)
     ),
-    "smollm2": Model(_write_smollm2, _photographs, {"images": 1, "text_tokens": 48, "new_tokens": 32}, _compress(36), prefills=5),
-    "decoder036b": Model(_write_decoder036b, _noise, {"images": 1, "text_tokens": 64, "new_tokens": 32}, _compress(576), prefills=2),
+    "smollm2": Model(_write_smollm2, _photographs, {"images": 1, "text_tokens": 48, "new_tokens": 32}, _compress(36), held=4, prefills=5),
+    "decoder036b": Model(_write_decoder036b, _noise, {"images": 1, "text_tokens": 64, "new_tokens": 32}, _compress(576), held=2, prefills=2),
 }
 
 
@@ -233,7 +233,7 @@ class Bench:
         if not any(METHODS.get(entry["method"]).mechanism != "transform" for entry in self.model.compress[plan]):
             return None
         asked = self._data("asked")
-        samples = read_samples(Path(asked["prompts"]), Path(asked["images"]), HELD, 1)
+        samples = read_samples(Path(asked["prompts"]), Path(asked["images"]), self.model.held, 1)
         with open_bench(bundle.with_suffix(".json"), samples, tokens=TOKENS) as bench:
             free, held = bench.measuring.both(bench.everything(), answers=True)
         return {"questions": len(samples), "free": effect_of(free).changed, "held": None if held is None else effect_of(held).changed}
