@@ -128,7 +128,9 @@ MODELS = {
         lambda base: REPOSITORY / "examples" / "tiny-llava", _scenes, {"images": 1, "text_tokens": 32, "new_tokens": 32}, _compress(196)
     ),
     "smollm2": Model(_write_smollm2, _photographs, {"images": 1, "text_tokens": 48, "new_tokens": 32}, _compress(36), held=4, prefills=5),
-    "decoder036b": Model(_write_decoder036b, _noise, {"images": 1, "text_tokens": 64, "new_tokens": 32}, _compress(576), held=2, prefills=2),
+    "decoder036b": Model(
+        _write_decoder036b, _noise, {"images": 1, "text_tokens": 64, "new_tokens": 32}, _compress(576), held=2, prefills=2
+    ),
 }
 
 
