@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from benchmarks import schemes_error
 from benchmarks._answers import divergence, overlap
 from benchmarks.schemes_accuracy import SCHEMES, wants_data
 from tmc_export.plan.quantization import needs_calibration
@@ -24,5 +25,7 @@ def test_answers_are_compared() -> None:
 def test_only_schemes_that_need_data_get_some() -> None:
     wanting = {name for name, quantize in SCHEMES.items() if wants_data(quantize)}
     assert wanting == {"int8-w8a8", "int8-w8a8-smooth", "fp8-w8a8", "int4-awq", "int4-gptq", "int8-slots"}
+    assert {n: q for n, q in schemes_error.SCHEMES.items() if n not in SCHEMES} == {"fp8-slots": {"kv": {"weights": "fp8"}}}
+    assert SCHEMES.items() <= schemes_error.SCHEMES.items() and wants_data(schemes_error.SCHEMES["fp8-slots"])
     others = [(part, scheme) for name in set(SCHEMES) - wanting for part, scheme in SCHEMES[name].items()]
     assert others and not any(needs_calibration(part, QuantizePart(**scheme)) for part, scheme in others)

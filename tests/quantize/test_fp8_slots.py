@@ -243,7 +243,7 @@ ENGINE = "target: {device: rtx-5090, runtime: tensorrt-rtx}"
 def for_engines(folder: Path, scales: Scales) -> Path:
     path = recipe(folder, "engine", COMBINATIONS["next"]["compress"], quantize=KV, dtype="float16")
     path.write_text(path.read_text("utf-8").replace("target: {device: cpu, runtime: onnxruntime}", ENGINE), "utf-8")
-    return build_coded(path, folder / "engine", scales)
+    return build_coded(path, folder / "engine", scales, record=True)  # onnxruntime plays the same graphs
 
 
 def built(bundle: Path, name: str, capability: str, out: Path) -> Any:

@@ -69,4 +69,4 @@ def _bytes(value: ort.OrtValue) -> Array:
     """A copy of an output's codes."""
     shape = tuple(value.shape())
     held = (ctypes.c_uint8 * math.prod(shape)).from_address(value.data_ptr())
-    return np.array(np.frombuffer(held, np.uint8).reshape(shape)) if math.prod(shape) else np.zeros(shape, np.uint8)
+    return np.ctypeslib.as_array(held).reshape(shape).copy()
