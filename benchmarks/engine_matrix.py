@@ -85,6 +85,7 @@ SCHEMES = {
     "nvfp4": _decoder("FP4E2M1", products=0, weights="nvfp4"),
     "nvfp4 w4a4": replace(_decoder("FP4E2M1", products=4, weights="nvfp4", activations="nvfp4"), bound=1.15),
     "int8 slots": Scheme({"kv": {"weights": "int8"}}, "Half", products=0, calibrated=True),
+    "fp8 slots": Scheme({"kv": {"weights": "fp8"}}, "Half", products=0, calibrated=True),
 }
 """Name → scheme.
 
