@@ -1,6 +1,7 @@
 """What every weight scheme does to every subgraph, to the first token and to time, beside fp32 with the same compression.
 
     python benchmarks/schemes_error.py [--models tiny-llava smollm2 decoder036b] [--plans none fastv] [--schemes int8 int4-awq] [--rounds 5]
+    python benchmarks/schemes_error.py --table
 
 tiny-llava, SmolLM2-135M behind a random tower, and the random 0.36B decoder of `decoder036b.py`. Per model, compression and scheme:
 
@@ -11,9 +12,10 @@ tiny-llava, SmolLM2-135M behind a random tower, and the random 0.36B decoder of 
 - bytes of `onnx/`, and the times of a prefill and of a token, as a share of fp32's: all schemes and fp32 take turns in processes of their
   own, `--rounds` times; 0: the times are not run.
 
-int4 is computed at accuracy level 1 (as a device does) but for the times, which are of level 4. A finished row is a file in `--rows`; it
-is made anew when it is asked for and its recipe or tmc-export's code for it has changed. Rows that are not there are *not run* in the
-table, and rows of another commit say so. With `--rounds 0` and `--keep` the bundles stay, so that a later run adds the times alone.
+int4 is computed at accuracy level 1 (as a device does) but for the times, which are of level 4. A finished row is a file in `--rows`, or in
+the committed results; it is made anew when it is asked for and its recipe or tmc-export's code for it has changed. Rows that are not there
+are *not run* in the table, and rows of another commit say so. With `--rounds 0` and `--keep` the bundles stay, so that a later run adds the
+times alone. `--table` writes the table of what is there.
 """
 
 from __future__ import annotations
@@ -24,20 +26,26 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "examples" / "tiny-llava")]
 
 from benchmarks._answers import ask, divergence, overlap  # noqa: E402
-from benchmarks._common import alternate, hardware, paired, save, workplace  # noqa: E402
+from benchmarks._common import RESULTS, alternate, hardware, paired, save, workplace  # noqa: E402
 from benchmarks._decoder036b import measure  # noqa: E402
 from benchmarks.schemes_accuracy import SCHEMES as SHARED  # noqa: E402
 from benchmarks.schemes_accuracy import code_digest, wants_data  # noqa: E402
+
+if TYPE_CHECKING:
+    from tmc_export.api.sensitivity import Bench as SensitivityBench
+    from tmc_export.quantize.calibrated import Calibrated
 
 SCHEMES: dict[str, dict[str, Any]] = {**SHARED, "fp8-slots": {"kv": {"weights": "fp8"}}}
 """Name of a row → `quantize`."""
@@ -53,7 +61,8 @@ class Model:
 
     Attributes:
         write: writes it into a folder, and returns where it lies.
-        questions: pictures (arrays) and questions; the first half answers, the others are what calibration sees.
+        questions: pictures (arrays) and questions; the first half answers.
+        seen: of the others, how many calibration sees.
         inputs: the recipe's.
         compress: compression → entries.
         held: questions that are asked with choices held, at most; each is an answer in PyTorch.
@@ -64,6 +73,7 @@ class Model:
     questions: Callable[[], list[tuple[Any, str]]]
     inputs: dict[str, int]
     compress: dict[str, list[dict[str, Any]]]
+    seen: int = 48
     held: int = 24
     prefills: int = 20
     tokens: int = 24
@@ -127,9 +137,11 @@ MODELS = {
     "tiny-llava": Model(
         lambda base: REPOSITORY / "examples" / "tiny-llava", _scenes, {"images": 1, "text_tokens": 32, "new_tokens": 32}, _compress(196)
     ),
-    "smollm2": Model(_write_smollm2, _photographs, {"images": 1, "text_tokens": 48, "new_tokens": 32}, _compress(36), held=4, prefills=5),
+    "smollm2": Model(
+        _write_smollm2, _photographs, {"images": 1, "text_tokens": 48, "new_tokens": 32}, _compress(36), seen=8, held=4, prefills=5
+    ),
     "decoder036b": Model(
-        _write_decoder036b, _noise, {"images": 1, "text_tokens": 64, "new_tokens": 32}, _compress(576), held=2, prefills=2
+        _write_decoder036b, _noise, {"images": 1, "text_tokens": 64, "new_tokens": 32}, _compress(576), seen=3, held=2, prefills=2
     ),
 }
 
@@ -149,26 +161,35 @@ class Bench:
         """What is measured."""
         return MODELS[self.name]
 
-    def bundle(self, plan: str, scheme: str) -> Path:
-        """Build a row's bundle, unless it is there. Schemes share the traced graphs; `tests/api/test_traced.py` shows them equal."""
+    def bundle(self, plan: str, scheme: str, found: Calibrated | None = None) -> Path:
+        """Build a row's bundle, unless it is there.
+
+        Schemes share the traced graphs (`tests/api/test_traced.py` shows them equal), and what calibration `found` where that is known.
+        """
         from tests._traced import traced_once
         from tmc_export.api.bundling import build_bundle
 
         out = self.base / f"{self.name}-{plan}-{scheme}"
         if not (out / "manifest.json").is_file():
-            quantize: dict[str, Any] = dict(SCHEMES.get(scheme, {}))
-            if wants_data(quantize):
-                quantize["calibration"] = self._data()
-            recipe = {
-                "recipe": 1, "name": out.name, "model": {"source": str(self.model.write(self.base)), "dtype": "float32"},
-                "inputs": self.model.inputs, "compress": self.model.compress[plan], "quantize": quantize,
-                "target": {"device": "cpu", "runtime": "onnxruntime"},
-            }  # fmt: skip
-            path = out.with_suffix(".json")
-            path.write_text(json.dumps(recipe), "utf-8")
-            with traced_once():
-                build_bundle(path, out, record=False, engines=False)
+            with traced_once(), ExitStack() as stack:
+                if found is not None:
+                    stack.enter_context(patch("tmc_export.api.calibrate.calibrate", lambda *_: found))
+                build_bundle(self._recipe(plan, scheme), out, record=False, engines=False)
         return out
+
+    def _recipe(self, plan: str, scheme: str) -> Path:
+        """Write a row's recipe."""
+        quantize: dict[str, Any] = dict(SCHEMES.get(scheme, {}))
+        if wants_data(quantize):
+            quantize["calibration"] = self._data()
+        recipe = {
+            "recipe": 1, "name": f"{self.name}-{plan}-{scheme}", "model": {"source": str(self.model.write(self.base)), "dtype": "float32"},
+            "inputs": self.model.inputs, "compress": self.model.compress[plan], "quantize": quantize,
+            "target": {"device": "cpu", "runtime": "onnxruntime"},
+        }  # fmt: skip
+        path = self.base / f"{recipe['name']}.json"
+        path.write_text(json.dumps(recipe), "utf-8")
+        return path
 
     def _data(self, name: str = "seen") -> dict[str, Any]:
         """Write what is `asked`, or what calibration has `seen`; returns the recipe's `calibration`."""
@@ -178,33 +199,78 @@ class Bench:
         folder.mkdir(exist_ok=True)
         asked = self.model.questions()
         lines = []
-        for number, (image, question) in enumerate(asked[: len(asked) // 2] if name == "asked" else asked[len(asked) // 2 :]):
+        half = len(asked) // 2
+        for number, (image, question) in enumerate(asked[:half] if name == "asked" else asked[half : half + self.model.seen]):
             Image.fromarray(image).save(folder / f"{number}.png")
             lines.append(json.dumps({"prompt": question, "images": [f"{number}.png"]}))
         (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
         return {"images": str(folder), "prompts": str(folder / "prompts.jsonl"), "samples": len(lines)}
 
-    def row(self, plan: str, scheme: str, make: bool) -> dict[str, Any] | None:
-        """Read a finished row, or make it but for its times; None when it is not there and not to be made."""
-        given = json.dumps([SCHEMES.get(scheme), self.model.compress[plan], self.model.inputs, TOKENS])
-        recipe, code = hashlib.sha256(given.encode()).hexdigest(), code_digest()
+    def row(self, plan: str, scheme: str) -> dict[str, Any] | None:
+        """Read a finished row; None when there is none for today's recipe."""
         file = self._file(plan, scheme)
-        found: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-        if found.get("recipe") != recipe or (make and found["code"] != code):
-            found = {}
-        if make and not found:
-            found = {"recipe": recipe, "code": code, "commit": commit(), **self._measure(plan, scheme), "times": {}}
-            self.rows.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(found) + "\n", "utf-8")
-        return found or None
+        found = json.loads(file.read_text("utf-8")) if file.is_file() else committed().get(file.stem)
+        return found if found is not None and found["recipe"] == self._asked(plan, scheme) else None
+
+    def make(self, plan: str, schemes: Sequence[str]) -> None:
+        """Make the rows that are not there, or of other code, but for their times."""
+        from tmc_export.recipe import load_recipe
+
+        code = code_digest()
+        missing = [scheme for scheme in schemes if (self.row(plan, scheme) or {}).get("code") != code]
+        if not missing:
+            return
+        exact = self._answers(plan, "fp32")
+        with self._opened(plan) as first:
+            for scheme in missing:
+                with first.with_recipe(load_recipe(self._recipe(plan, scheme)), TOKENS) as bench:  # float32's answers are the first's
+                    mine = self._measure(plan, scheme, bench, exact)
+                row = {"recipe": self._asked(plan, scheme), "code": code, "commit": commit(), **mine, "times": {}}
+                self._write(plan, scheme, row)
+                print(f"{self.name}, {plan}, {scheme}: {figure(row)}", flush=True)
+
+    @contextmanager
+    def _opened(self, plan: str) -> Iterator[SensitivityBench]:
+        """Trace a compression's subgraphs, and answer in float32."""
+        from tests._traced import traced_once
+        from tmc_export.api.calibration_data import read_samples
+        from tmc_export.api.sensitivity import open_bench
+
+        asked = self._data("asked")
+        samples = read_samples(Path(asked["prompts"]), Path(asked["images"]), self.model.held, 1)
+        recipe = self._recipe(plan, "fp16")  # whatever quantizes something, and needs no data
+        with traced_once(), open_bench(recipe, samples, tokens=TOKENS) as bench:
+            yield bench
+
+    def _answers(self, plan: str, scheme: str, found: Calibrated | None = None) -> dict[str, Any]:
+        """Build a bundle anew and ask it; the exact one's answers are kept in a file."""
+        file, code = self.base / f"{self.name}-{plan}-{scheme}.answers", code_digest()
+        given = f"{self._asked(plan, scheme)} {code}"
+        if file.is_file() and (kept := json.loads(file.read_text("utf-8")))["given"] == given:
+            return dict(kept)
+        shutil.rmtree(self.base / f"{self.name}-{plan}-{scheme}", ignore_errors=True)  # of other code
+        bundle, asked = self.bundle(plan, scheme, found), self.model.questions()
+        answers = ask(bundle, asked[: len(asked) // 2], threads=None, accuracy=1, tokens=TOKENS)
+        answers |= {"given": given, "bytes": sum(p.stat().st_size for p in (bundle / "onnx").iterdir())}
+        if scheme == "fp32":
+            file.write_text(json.dumps(answers), "utf-8")
+        return answers
+
+    def _asked(self, plan: str, scheme: str) -> str:
+        given = [SCHEMES.get(scheme), self.model.compress[plan], self.model.inputs, self.model.seen, self.model.held, TOKENS]
+        return hashlib.sha256(json.dumps(given).encode()).hexdigest()[:16]
 
     def _file(self, plan: str, scheme: str) -> Path:
         return self.rows / f"{self.name}-{plan}-{scheme}.json"
 
+    def _write(self, plan: str, scheme: str, row: dict[str, Any]) -> None:
+        self.rows.mkdir(parents=True, exist_ok=True)
+        self._file(plan, scheme).write_text(json.dumps(row) + "\n", "utf-8")
+
     def time(self, plan: str, schemes: Sequence[str]) -> None:
         """Add the times that finished rows lack: ratios to fp32, all schemes taking turns with it."""
-        rows = {scheme: json.loads(self._file(plan, scheme).read_text("utf-8")) for scheme in schemes if self._file(plan, scheme).is_file()}
-        missing = [scheme for scheme, found in rows.items() if not found["times"]]
+        rows = {scheme: found for scheme in schemes if (found := self.row(plan, scheme)) is not None}
+        missing = [scheme for scheme, found in rows.items() if not found["times"] and found["code"] == code_digest()]
         if not missing or not self.rounds:
             return
         bundles = {name: self.bundle(plan, name) for name in ("fp32", *missing)}
@@ -213,32 +279,28 @@ class Bench:
         for scheme in missing:
             ratios = {key: paired(runs[scheme], runs["fp32"], key) for key in ("prefill_ms", "token_ms")}
             times = {"rounds": self.rounds, "load": hardware()["load_average_1min"], **ratios}
-            self._file(plan, scheme).write_text(json.dumps({**rows[scheme], "times": times}) + "\n", "utf-8")
+            self._write(plan, scheme, {**rows[scheme], "times": times})
 
-    def _measure(self, plan: str, scheme: str) -> dict[str, Any]:
-        shutil.rmtree(self.base / f"{self.name}-{plan}-{scheme}", ignore_errors=True)  # of other code
-        bundle = self.bundle(plan, scheme)
-        asked = self.model.questions()
-        found = ask(bundle, asked[: len(asked) // 2], threads=None, accuracy=1, tokens=TOKENS)
-        size = sum(p.stat().st_size for p in (bundle / "onnx").iterdir())
-        if scheme == "fp32":
-            return {**found, "bytes": size}
-        return {**found, "bytes": size, "sqnr": self._sqnr(bundle, plan), "simulated": self._simulated(bundle, plan)}
+    def _measure(self, plan: str, scheme: str, bench: SensitivityBench, exact: dict[str, Any]) -> dict[str, Any]:
+        mine = self._answers(plan, scheme, bench.calibrated)
+        kl, same = divergence(mine, exact)
+        return {
+            "kl": kl, "same": same, "kept": overlap(mine, exact), "questions": len(mine["texts"]),
+            "changed": sum(a != b for a, b in zip(mine["texts"], exact["texts"], strict=True)),
+            "bytes": mine["bytes"] / exact["bytes"],
+            "sqnr": self._sqnr(self.base / f"{self.name}-{plan}-{scheme}", plan), "simulated": self._simulated(plan, bench),
+        }  # fmt: skip
 
-    def _simulated(self, bundle: Path, plan: str) -> dict[str, Any] | None:
+    def _simulated(self, plan: str, bench: SensitivityBench) -> dict[str, Any] | None:
         """Answers that changed, selections free and held; None where nothing is selected."""
-        from tmc_export.api.calibration_data import read_samples
         from tmc_export.api.measuring import effect_of
-        from tmc_export.api.sensitivity import open_bench
         from tmc_export.graphs import METHODS
 
         if not any(METHODS.get(entry["method"]).mechanism != "transform" for entry in self.model.compress[plan]):
             return None
-        asked = self._data("asked")
-        samples = read_samples(Path(asked["prompts"]), Path(asked["images"]), self.model.held, 1)
-        with open_bench(bundle.with_suffix(".json"), samples, tokens=TOKENS) as bench:
-            free, held = bench.measuring.both(bench.everything(), answers=True)
-        return {"questions": len(samples), "free": effect_of(free).changed, "held": None if held is None else effect_of(held).changed}
+        free, held = bench.measuring.both(bench.everything(), answers=True)
+        changed = [None if found is None else effect_of(found).changed for found in (free, held)]
+        return {"questions": len(bench.samples), "free": changed[0], "held": changed[1]}
 
     def _sqnr(self, bundle: Path, plan: str) -> dict[str, float | None]:
         """Subgraph → its least SQNR in dB; None where a selection inside of it is another, so that rows are not comparable."""
@@ -269,20 +331,24 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def figure(mine: dict[str, Any], base: dict[str, Any]) -> str:
+@cache
+def committed() -> dict[str, dict[str, Any]]:
+    """Rows of the committed results."""
+    file = RESULTS / "schemes_error.json"
+    return dict(json.loads(file.read_text("utf-8"))["raw"]) if file.is_file() else {}
+
+
+def figure(row: dict[str, Any]) -> str:
     """One cell of the table."""
-    kl, same = divergence(mine, base)
-    kept = overlap(mine, base)
-    changed = sum(a != b for a, b in zip(mine["texts"], base["texts"], strict=True))
-    noise = ", ".join(f"{name} {'another selection' if dB is None else f'{dB:.0f}'}" for name, dB in mine["sqnr"].items() if dB != 999.0)
-    times, simulated = mine["times"], mine["simulated"]
+    noise = ", ".join(f"{name} {'another selection' if dB is None else f'{dB:.0f}'}" for name, dB in row["sqnr"].items() if dB != 999.0)
+    times, simulated = row["times"], row["simulated"]
     held = f" (simulated, of {simulated['questions']}: {simulated['free']}, choices held {simulated['held']})" if simulated else ""
     took = f"prefill {times['prefill_ms']['median']:.2f}, token {times['token_ms']['median']:.2f} of fp32's" if times else "times: not run"
     return (
-        f"SQNR {noise or 'all equal'} dB; KL {kl:.2g}, best token the same {same:.0%}; "
-        + ("" if kept is None else f"kept {kept:.1%}; ")
-        + f"{changed} of {len(mine['texts'])} answers changed{held}; {mine['bytes'] / base['bytes']:.2f} of the bytes; {took}"
-        + ("" if mine["code"] == code_digest() else f"; on {mine['commit']}")
+        f"SQNR {noise or 'all equal'} dB; KL {row['kl']:.2g}, best token the same {row['same']:.0%}; "
+        + ("" if row["kept"] is None else f"kept {row['kept']:.1%}; ")
+        + f"{row['changed']} of {row['questions']} answers changed{held}; {row['bytes']:.2f} of the bytes; {took}"
+        + ("" if row["code"] == code_digest() else f"; on {row['commit']}")
     )
 
 
@@ -293,29 +359,27 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=Path, default=REPOSITORY / "out" / "schemes", help="a folder of finished rows")
-    parser.add_argument("--keep", help="a folder for models and fp32 bundles that stays")
+    parser.add_argument("--keep", help="a folder for models and bundles that stays")
+    parser.add_argument("--table", action="store_true", help="make no row")
     options = parser.parse_args()
-    table = []
-    with workplace(16 << 30, options.keep) as base:
+    table, raw = [], {}
+    with workplace(0 if options.table else 16 << 30, options.keep) as base:
         for name in MODELS:
             bench = Bench(name, base, options.rows, options.rounds)
             for plan in PLANS:
-                chosen = [scheme for scheme in SCHEMES if name in options.models and plan in options.plans and scheme in options.schemes]
-                for scheme in ("fp32", *chosen) if chosen else ():
-                    bench.row(plan, scheme, make=True)
-                bench.time(plan, chosen)
-                exact = bench.row(plan, "fp32", make=False)
+                if name in options.models and plan in options.plans and not options.table:
+                    bench.make(plan, options.schemes)
+                    bench.time(plan, options.schemes)
+                    if options.rounds or not options.keep:
+                        for scheme in ("fp32", *SCHEMES):
+                            shutil.rmtree(base / f"{name}-{plan}-{scheme}", ignore_errors=True)
                 for scheme in SCHEMES:
-                    mine = bench.row(plan, scheme, make=False)
-                    what = f"{name}, {plan}, {scheme}"
-                    table.append({"what": what, "figure": "*not run*" if mine is None or exact is None else figure(mine, exact)})
-                    if scheme in chosen:
-                        print(f"{what}: {table[-1]['figure']}", flush=True)
-                if options.rounds or not options.keep:
-                    for scheme in ("fp32", *SCHEMES):
-                        shutil.rmtree(base / f"{name}-{plan}-{scheme}", ignore_errors=True)
+                    row = bench.row(plan, scheme)
+                    table.append({"what": f"{name}, {plan}, {scheme}", "figure": "*not run*" if row is None else figure(row)})
+                    if row is not None:
+                        raw[f"{name}-{plan}-{scheme}"] = row
     what = "Weight schemes beside fp32: every subgraph, the first token, time."
-    print(save("schemes_error", {"what": what, "commit": commit(), "rows": table}))
+    print(save("schemes_error", {"what": what, "commit": commit(), "rows": table, "raw": raw}))
 
 
 if __name__ == "__main__":

@@ -119,6 +119,25 @@ def test_each_subgraph_on_float32_s_inputs(bench: Bench) -> None:
     assert all(5 < db < 40 for db in found["block_1"].values()) and found["block_1"].keys() == {"logits", "keys", "values"}
 
 
+def test_another_scheme_takes_float32_s_answers_as_they_are(home: Path, once: None, tmp_path: Path) -> None:
+    other = home / "other.yaml"
+    other.write_text(TEXT.replace("weights: int4, block: 32", "weights: int8"), "utf-8")
+    said: list[str] = []
+    recipe = load_recipe(home / "recipe.yaml")
+    samples = sensitivity.questions_of(recipe, None, home / "pictures", home / "prompts.jsonl")
+    with open_bench(recipe, samples, tokens=4, progress=said.append) as first:
+        asked = sum(line.startswith("float32") for line in said)
+        with first.with_recipe(load_recipe(other), 4) as second:
+            assert sum(line.startswith("float32") for line in said) == asked == len(samples)
+            mine = second.measuring.both(second.everything(), answers=True)
+        with first.with_recipe(load_recipe(other), 3) as shorter:
+            assert sum(line.startswith("float32") for line in said) == 2 * asked, "answers of another length are others"
+            assert all(len(a.tokens) <= 3 for a in shorter.measuring.baselines)
+        assert mine != first.measuring.both(first.everything(), answers=True)
+    with open_bench(other, samples, tokens=4) as anew:
+        assert mine == anew.measuring.both(anew.everything(), answers=True)
+
+
 @pytest.mark.parametrize("by", ["part", "layer", "linear"])
 def test_units_hold_every_rounded_weight_once_and_keep_names_no_other(by: Any, bench: Bench) -> None:
     units, targets = units_of(bench.simulation, by), bench.simulation.targets

@@ -6,6 +6,8 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,7 +17,7 @@ from onnx import TensorProto, helper
 
 from tmc_export.core.errors import BundleError
 from tmc_export.engine._proto import external_tensors, read_by, with_graph_inputs
-from tmc_export.runtime._backend import BackendOptions
+from tmc_export.runtime._backend import BackendOptions, options_for
 from tmc_export.runtime._mapped import MappedWeights, SharedWeights
 from tmc_export.runtime._onnxruntime import OnnxRuntimeBackend
 
@@ -210,6 +212,30 @@ def test_pages_leave_before_a_phase_of_many_rows(tmp_path: Path) -> None:
     ask(made, "prefill")
     made.graph("onnx/prefill.onnx")
     assert resident(data) < WIDTH * WIDTH * 4 >> 10, "a second prompt is another run"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_pages_leave_before_a_prompt_s_first_graph(tmp_path: Path) -> None:
+    """Else the head, which the last prompt has read, lies beside the rows of the token table, or beside a picture's activations."""
+    folder = write(tmp_path, "float32")
+    data = folder / "onnx" / "all.data"
+    for name in ("picture", "table"):
+        (folder / "onnx" / f"{name}.onnx").write_bytes((folder / "onnx" / "prefill.onnx").read_bytes())
+    phases = {**PHASES, "onnx/table.onnx": "prefill"}
+    made = OnnxRuntimeBackend(folder, BackendOptions(threads=1, memory_tight=True, phases=phases))
+    for name in ("table", "picture"):
+        made.graph(f"onnx/{name}.onnx")
+        ask(made, "decode")
+        assert resident(data) >= WIDTH * WIDTH * 4 >> 10
+        made.graph(f"onnx/{name}.onnx")
+        assert resident(data) < WIDTH * WIDTH * 4 >> 10
+
+
+def test_the_table_s_graphs_have_phases(tmp_path: Path) -> None:
+    phases = {name: SimpleNamespace(file=f"{name}.onnx") for name in TOKENS}
+    table = {name: SimpleNamespace(file=f"embed_{name}.onnx") for name in TOKENS}
+    program: Any = SimpleNamespace(blocks=[SimpleNamespace(phases=phases)], memory_tight=True, embed=table)
+    assert options_for(program).phases == {f"{kind}{name}.onnx": name for kind in ("", "embed_") for name in TOKENS}
 
 
 def write_chain(folder: Path) -> Path:

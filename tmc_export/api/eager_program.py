@@ -16,12 +16,13 @@ from tmc_export.api.eager import EagerBackend, parameter_names
 from tmc_export.api.exporter import Exporter, learned_sources
 from tmc_export.api.subgraphs import program_of
 from tmc_export.bundle.program import Program
+from tmc_export.engine import available_bytes
 from tmc_export.export.capture import OPSET
 from tmc_export.export.materialize import WeightCache
 from tmc_export.families._contract import ModelFiles
 from tmc_export.plan.types import Plan
 
-__all__ = ["EagerProgram", "eager_program"]
+__all__ = ["EagerProgram", "eager_program", "weight_budget"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def eager_program(
     config: Any,
     fit: str | None,
     towers: Mapping[str, Path] = MappingProxyType({}),
-    budget: int = 2 << 30,
+    budget: int | None = None,
     reads: bool = False,
 ) -> EagerProgram:
     """Make a plan's subgraphs as modules in float32, unquantized; nothing is written.
@@ -68,7 +69,7 @@ def eager_program(
         config: its transformers configuration.
         fit: the recipe's picture rule, or None for the family's own.
         towers: folders of the text towers with their weights, by source.
-        budget: bytes of weights that may stay in memory between two uses.
+        budget: bytes of weights that may stay in memory between two uses; `weight_budget` when None.
         reads: find out what reads weights; each subgraph is traced for it, otherwise none is.
 
     Raises:
@@ -81,6 +82,7 @@ def eager_program(
     for runnable in work.runnables.values():
         _fill_learned(runnable.module)
     names = parameter_names(work.model)
+    budget = weight_budget() if budget is None else budget
     cache = WeightCache(work.checkpoint, torch.float32, budget)
     weights: dict[str, tuple[Mapping[int, str], WeightCache]] = dict.fromkeys(work.runnables, (names, cache))
     weights |= {file: (parameter_names(whole), WeightCache(source, torch.float32, budget)) for file, (whole, source) in work.towers.items()}
@@ -91,6 +93,14 @@ def eager_program(
         program, backend, linears, layers, lambda name: cache.read(names[id(linears[name].weight)]), weights, work.reads,
         work.checkpoint.identity,
     )  # fmt: skip
+
+
+def weight_budget() -> int:
+    """Bytes of weights that may stay in memory between two uses: a quarter of what is free, 1 GiB at least.
+
+    Each token reads every weight once, in the same order. Where they do not fit, none of them is still there when it is read again.
+    """
+    return max(1 << 30, (available_bytes() or 0) // 4)
 
 
 def _linears(model: nn.Module) -> list[nn.Linear]:

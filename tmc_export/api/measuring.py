@@ -129,6 +129,7 @@ class Measuring:
         tokens: of an answer, at most.
         answers: decode float32's answers; without it first tokens can be compared only.
         progress: called with one line per question.
+        before: took the same questions with the same plan, but for its schemes: float32's answers are the same.
 
     Raises:
         RecipeError: a sample does not fit the recipe's inputs.
@@ -142,9 +143,16 @@ class Measuring:
         tokens: int,
         answers: bool,
         progress: Callable[[str], None],
+        before: Measuring | None = None,
     ) -> None:
         self._session, self.simulation, self.samples, self._tokens = session, simulation, tuple(samples), tokens
         self._whole: list[_Whole] = []
+        self._whole_answers = answers
+        self.kinds: dict[str, Kind]
+        if before is not None and (before.samples, before._tokens, before._whole_answers) == (self.samples, tokens, answers):
+            self._whole = before._whole
+            self.kinds = before.kinds
+            return
         for number, sample in enumerate(samples, 1):
             progress(f"float32 {number}/{len(samples)}")
             choices = Choices()

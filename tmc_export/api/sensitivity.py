@@ -30,6 +30,7 @@ from tmc_export.plan.make import make_plan
 from tmc_export.plan.source import fetch, read_model_files
 from tmc_export.plan.towers import fetch_towers
 from tmc_export.plan.types import Plan
+from tmc_export.quantize.calibrated import Calibrated
 from tmc_export.recipe import Recipe, load_recipe
 from tmc_export.surgery.replay import Kind
 
@@ -126,11 +127,12 @@ class Bench:
     Attributes:
         recipe, plan, simulation, measuring: of the recipe.
         samples: the questions.
+        calibrated: what calibration found.
     """
 
-    def __init__(self, recipe: Recipe, plan: Plan, model: _Model, measuring: Measuring, progress: Progress) -> None:
+    def __init__(self, recipe: Recipe, plan: Plan, model: _Model, measuring: Measuring, calibrated: Calibrated, progress: Progress) -> None:
         self.recipe, self.plan, self.simulation, self.measuring = recipe, plan, measuring.simulation, measuring
-        self.samples = measuring.samples
+        self.samples, self.calibrated = measuring.samples, calibrated
         self._model, self._progress = model, progress
 
     def everything(self) -> tuple[str, ...]:
@@ -157,9 +159,14 @@ class Bench:
     @contextmanager
     def with_keep(self, keep: Mapping[str, Sequence[str]], tokens: int) -> Iterator[Bench]:
         """Open the same bench with other words in the recipe's `keep`, calibrated anew."""
-        recipe = self.recipe.with_keep(keep)
+        with self.with_recipe(self.recipe.with_keep(keep), tokens) as bench:
+            yield bench
+
+    @contextmanager
+    def with_recipe(self, recipe: Recipe, tokens: int) -> Iterator[Bench]:
+        """Open the same bench for a recipe that differs in `quantize` alone, calibrated anew; float32's answers stay."""
         plan, _ = make_plan(recipe, self._model.files)
-        with _calibrated(recipe, plan, self._model, self.samples, tokens, self._progress) as bench:
+        with _calibrated(recipe, plan, self._model, self.samples, tokens, self._progress, self.measuring) as bench:
             yield bench
 
     def row(self, unit: Unit, answers: bool) -> Row:
@@ -236,7 +243,15 @@ def open_bench(
 
 
 @contextmanager
-def _calibrated(recipe: Recipe, plan: Plan, model: _Model, samples: Sequence[Sample], tokens: int, progress: Progress) -> Iterator[Bench]:
+def _calibrated(
+    recipe: Recipe,
+    plan: Plan,
+    model: _Model,
+    samples: Sequence[Sample],
+    tokens: int,
+    progress: Progress,
+    before: Measuring | None = None,
+) -> Iterator[Bench]:
     with TemporaryDirectory(prefix="tmc-export-codes-") as place:
         found = calibrate(
             plan, recipe, samples_of(recipe), model.files, model.folder, model.config, model.towers, progress, Path(place), model.eager
@@ -245,7 +260,8 @@ def _calibrated(recipe: Recipe, plan: Plan, model: _Model, samples: Sequence[Sam
     if not simulation.targets and not simulation.slots:
         raise RecipeError(f"{recipe.origin(('quantize',))}: keep leaves nothing to quantize, so that there is nothing to measure")
     with eager_session(plan, model.eager, model.folder, model.towers, simulation.backend) as session:
-        yield Bench(recipe, plan, model, Measuring(session, simulation, samples, tokens, True, progress), progress)
+        measuring = Measuring(session, simulation, samples, tokens, True, progress, before)
+        yield Bench(recipe, plan, model, measuring, found, progress)
 
 
 def _open(recipe: Recipe, progress: Progress) -> tuple[Plan, _Model]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tmc_export.api._slot_codes import slot_codes
 from tmc_export.api.eager import EagerBackend, running_kind
-from tmc_export.api.eager_program import EagerProgram
+from tmc_export.api.eager_program import EagerProgram, weight_budget
 from tmc_export.bundle.program import SlotCodes
 from tmc_export.core.errors import RecipeError
 from tmc_export.export.checkpoint import TensorSource
@@ -42,8 +42,6 @@ __all__ = ["SLOTS", "Simulation", "Target"]
 
 SLOTS = "kv"
 """Stands for the codes in the KV slots, among the names of weights."""
-_BUDGET = 1 << 30
-"""Bytes of rounded weights that may stay in memory, of each kind of graph."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ class Simulation:
             mine = frozenset(t.name for t in self.targets.values() if file in t.files)
             key = id(cache), mine
             if mine and key not in caches:
-                caches[key] = WeightCache(_Rounded(cache, eager.identity, partial(self._round, mine)), torch.float32, _BUDGET)
+                caches[key] = WeightCache(_Rounded(cache, eager.identity, partial(self._round, mine)), torch.float32, weight_budget())
             self.weights[file] = names, caches[key] if mine else cache
         self.backend = EagerBackend(eager.backend.runnables, self.weights)
 

@@ -149,7 +149,7 @@ class BackendOptions:
         memory_tight: keep one copy of the weights instead of a packed one per phase; slower. Floating-point weights stay in the file, which
             is mapped once for all sessions, and each run turns float16 into float32, one weight at a time; of graphs with codes, those of
             one phase are loaded at a time. Nothing is kept between runs. With glibc, freed blocks of a MiB and more leave the process.
-        phases: files of decoder graphs → their phase; read under `memory_tight`.
+        phases: files of graphs of the decoder and the token table → their phase; read under `memory_tight`.
         spin: files of graphs whose threads wait for the next run awake. Faster where one graph follows itself, as decode steps of a single
             block do; a graph that others follow would take the cores from them for a while.
         host: files of graphs that run on the CPU with every backend: the token table.
@@ -185,7 +185,7 @@ def options_for(program: Program, threads: int | None = None, int4_accuracy: int
     alone = program.blocks[0].phases["decode"].file if len(program.blocks) == 1 else None
     spin = frozenset() if alone is None else frozenset({alone})
     host = frozenset(phase.file for phase in program.embed.values())
-    phases = {phase.file: name for block in program.blocks for name, phase in block.phases.items()}
+    phases = {phase.file: name for part in (program.embed, *(b.phases for b in program.blocks)) for name, phase in part.items()}
     return BackendOptions(threads, int4_accuracy, program.memory_tight, spin, host, provider, phases)
 
 

@@ -244,16 +244,16 @@ class OnnxRuntimeBackend(HostMemory):
         """Where memory is tight, make room for a run.
 
         Sessions of other phases that hold weights themselves are given back, and loaded when they are needed again. Before many rows the
-        pages of mapped files leave, too: activations are largest then, and the head is read last.
+        pages of mapped files leave, too: activations are largest then, and the head, which an earlier prompt has read, is read last.
         """
-        phase = self._options.phases.get(file)
-        if not self._options.memory_tight or phase is None:
+        if not self._options.memory_tight:
             return
+        phase = self._options.phases.get(file, self._phase)  # a picture, a cut: of none
         if phase != self._phase:
             for other in [f for f, g in self._graphs.items() if g.copies and self._options.phases.get(f, phase) != phase]:
                 del self._graphs[other]
         self._phase = phase
-        if phase != "decode":
+        if phase != "decode" or file not in self._options.phases:
             self._mapped.leave()
 
     def _providers(self, file: str, options: ort.SessionOptions) -> list[str]:
