@@ -5,7 +5,8 @@
 
 tiny-llava, SmolLM2-135M behind a random tower, and the random 0.36B decoder of `decoder036b.py`. Per model, compression and scheme:
 
-- SQNR of each subgraph, fed with what the model itself gives it: the least over its graphs, outputs and five made-up conversations;
+- SQNR of each subgraph, fed with what the model itself gives it: the least over its graphs, outputs and made-up conversations (five of
+  tiny-llava's, two of the others');
 - of questions about pictures: KL divergence of the first token (nats), how often the best token is the same, kept tokens that are the
   same, answers of 8 tokens that changed; for methods that select the same changes again, simulated (as `tmc-export quantize` does),
   with every choice held as it is in fp32;
@@ -66,6 +67,7 @@ class Model:
         inputs: the recipe's.
         compress: compression → entries.
         held: questions that are asked with choices held, at most; each is an answer in PyTorch.
+        cases: made-up conversations that subgraphs are compared on.
         prefills, tokens: timed in each process.
     """
 
@@ -75,6 +77,7 @@ class Model:
     compress: dict[str, list[dict[str, Any]]]
     seen: int = 48
     held: int = 24
+    cases: int = 5
     prefills: int = 20
     tokens: int = 24
 
@@ -130,7 +133,7 @@ def _noise() -> list[tuple[Any, str]]:
     import numpy as np
 
     rng = np.random.default_rng(0)
-    return [(rng.integers(0, 255, (336, 336, 3), np.uint8), " ".join(["what is there"] * (1 + n % 3))) for n in range(12)]
+    return [(rng.integers(0, 255, (336, 336, 3), np.uint8), " ".join(["what is there"] * (1 + n % 3))) for n in range(8)]
 
 
 MODELS = {
@@ -138,10 +141,10 @@ MODELS = {
         lambda base: REPOSITORY / "examples" / "tiny-llava", _scenes, {"images": 1, "text_tokens": 32, "new_tokens": 32}, _compress(196)
     ),
     "smollm2": Model(
-        _write_smollm2, _photographs, {"images": 1, "text_tokens": 48, "new_tokens": 32}, _compress(36), seen=8, held=4, prefills=5
+        _write_smollm2, _photographs, {"images": 1, "text_tokens": 48, "new_tokens": 32}, _compress(36), seen=8, held=4, cases=2, prefills=5
     ),
     "decoder036b": Model(
-        _write_decoder036b, _noise, {"images": 1, "text_tokens": 64, "new_tokens": 32}, _compress(576), seen=3, held=2, prefills=2
+        _write_decoder036b, _noise, {"images": 1, "text_tokens": 64, "new_tokens": 32}, _compress(576), seen=3, held=2, cases=2, prefills=2
     ),
 }
 
@@ -154,6 +157,7 @@ class Bench:
     base: Path
     rows: Path
     rounds: int
+    threads: int | None = None
     cases: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -250,14 +254,22 @@ class Bench:
             return dict(kept)
         shutil.rmtree(self.base / f"{self.name}-{plan}-{scheme}", ignore_errors=True)  # of other code
         bundle, asked = self.bundle(plan, scheme, found), self.model.questions()
-        answers = ask(bundle, asked[: len(asked) // 2], threads=None, accuracy=1, tokens=TOKENS)
+        answers = ask(bundle, asked[: len(asked) // 2], threads=self.threads, accuracy=1, tokens=TOKENS)
         answers |= {"given": given, "bytes": sum(p.stat().st_size for p in (bundle / "onnx").iterdir())}
         if scheme == "fp32":
             file.write_text(json.dumps(answers), "utf-8")
         return answers
 
     def _asked(self, plan: str, scheme: str) -> str:
-        given = [SCHEMES.get(scheme), self.model.compress[plan], self.model.inputs, self.model.seen, self.model.held, TOKENS]
+        given = [
+            SCHEMES.get(scheme),
+            self.model.compress[plan],
+            self.model.inputs,
+            self.model.seen,
+            self.model.held,
+            self.model.cases,
+            TOKENS,
+        ]
         return hashlib.sha256(json.dumps(given).encode()).hexdigest()[:16]
 
     def _file(self, plan: str, scheme: str) -> Path:
@@ -305,6 +317,7 @@ class Bench:
     def _sqnr(self, bundle: Path, plan: str) -> dict[str, float | None]:
         """Subgraph → its least SQNR in dB; None where a selection inside of it is another, so that rows are not comparable."""
         from tmc_export.bundle.read import open_manifest
+        from tmc_export.runtime._backend import open_backend, options_for
         from tmc_export.verify.ladder import precision_of_manifest, traced_cases
         from tmc_export.verify.subgraphs import check_subgraphs
         from tmc_export.verify.tolerances import tolerance
@@ -312,10 +325,11 @@ class Bench:
         manifest = open_manifest(bundle)
         key = f"{plan} {manifest.program.kv}"
         if key not in self.cases:
-            self.cases = {key: traced_cases(manifest, self.model.write(self.base), 2)[1]}
+            self.cases = {key: traced_cases(manifest, self.model.write(self.base), 2)[1][: self.model.cases]}
+        backend = open_backend("onnxruntime", bundle, options_for(manifest.program, self.threads, 1))
         precision = precision_of_manifest(manifest)
         found: dict[str, float | None] = {}
-        for check in check_subgraphs(bundle, manifest.program, self.cases[key], tolerance("subgraph", precision), precision):
+        for check in check_subgraphs(bundle, manifest.program, self.cases[key], tolerance("subgraph", precision), precision, backend):
             name = "_".join((check.subgraph or "").removeprefix("onnx/").removesuffix(".onnx").split("_")[:2])
             if check.metrics is None:
                 if not check.passed or check.exceptions:
@@ -358,6 +372,7 @@ def main() -> None:
     parser.add_argument("--plans", nargs="+", choices=PLANS, default=list(PLANS))
     parser.add_argument("--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, help="of onnxruntime, but for the times; by default one per core")
     parser.add_argument("--rows", type=Path, default=REPOSITORY / "out" / "schemes", help="a folder of finished rows")
     parser.add_argument("--keep", help="a folder for models and bundles that stays")
     parser.add_argument("--table", action="store_true", help="make no row")
@@ -365,7 +380,7 @@ def main() -> None:
     table, raw = [], {}
     with workplace(0 if options.table else 16 << 30, options.keep) as base:
         for name in MODELS:
-            bench = Bench(name, base, options.rows, options.rounds)
+            bench = Bench(name, base, options.rows, options.rounds, options.threads)
             for plan in PLANS:
                 if name in options.models and plan in options.plans and not options.table:
                     bench.make(plan, options.schemes)
