@@ -354,12 +354,12 @@ def committed() -> dict[str, dict[str, Any]]:
 
 def figure(row: dict[str, Any]) -> str:
     """One cell of the table."""
-    noise = ", ".join(f"{name} {'another selection' if dB is None else f'{dB:.0f}'}" for name, dB in row["sqnr"].items() if dB != 999.0)
+    noise = ", ".join(f"{name} {'selects others' if dB is None else f'{dB:.0f} dB'}" for name, dB in row["sqnr"].items() if dB != 999.0)
     times, simulated = row["times"], row["simulated"]
     held = f" (simulated, of {simulated['questions']}: {simulated['free']}, choices held {simulated['held']})" if simulated else ""
     took = f"prefill {times['prefill_ms']['median']:.2f}, token {times['token_ms']['median']:.2f} of fp32's" if times else "times: not run"
     return (
-        f"SQNR {noise or 'all equal'} dB; KL {row['kl']:.2g}, best token the same {row['same']:.0%}; "
+        f"SQNR {noise or 'infinite'}; KL {max(row['kl'], 0):.2g}, best token the same {row['same']:.0%}; "
         + ("" if row["kept"] is None else f"kept {row['kept']:.1%}; ")
         + f"{row['changed']} of {row['questions']} answers changed{held}; {row['bytes']:.2f} of the bytes; {took}"
         + ("" if row["code"] == code_digest() else f"; on {row['commit']}")
