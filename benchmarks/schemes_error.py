@@ -28,7 +28,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -168,14 +168,13 @@ class Bench:
     def bundle(self, plan: str, scheme: str, found: Calibrated | None = None) -> Path:
         """Build a row's bundle, unless it is there.
 
-        Schemes share the traced graphs (`tests/api/test_traced.py` shows them equal), and what calibration `found` where that is known.
+        What calibration `found`, where that is known, is taken.
         """
-        from tests._traced import traced_once
         from tmc_export.api.bundling import build_bundle
 
         out = self.base / f"{self.name}-{plan}-{scheme}"
         if not (out / "manifest.json").is_file():
-            with traced_once(), ExitStack() as stack:
+            with ExitStack() as stack:
                 if found is not None:
                     stack.enter_context(patch("tmc_export.api.calibrate.calibrate", lambda *_: found))
                 build_bundle(self._recipe(plan, scheme), out, record=False, engines=False)
@@ -236,14 +235,13 @@ class Bench:
     @contextmanager
     def _opened(self, plan: str) -> Iterator[SensitivityBench]:
         """Trace a compression's subgraphs, and answer in float32."""
-        from tests._traced import traced_once
         from tmc_export.api.calibration_data import read_samples
         from tmc_export.api.sensitivity import open_bench
 
         asked = self._data("asked")
         samples = read_samples(Path(asked["prompts"]), Path(asked["images"]), self.model.held, 1)
         recipe = self._recipe(plan, "fp16")  # whatever quantizes something, and needs no data
-        with traced_once(), open_bench(recipe, samples, tokens=TOKENS) as bench:
+        with open_bench(recipe, samples, tokens=TOKENS) as bench:
             yield bench
 
     def _answers(self, plan: str, scheme: str, found: Calibrated | None = None) -> dict[str, Any]:
@@ -352,6 +350,13 @@ def committed() -> dict[str, dict[str, Any]]:
     return dict(json.loads(file.read_text("utf-8"))["raw"]) if file.is_file() else {}
 
 
+def sharing() -> AbstractContextManager[None]:
+    """While active, schemes share the traced graphs of a compression, and their sizes; `tests/api/test_traced.py` shows them equal."""
+    from tests._traced import traced_once
+
+    return traced_once(one_checkpoint=True)
+
+
 def figure(row: dict[str, Any]) -> str:
     """One cell of the table."""
     noise = ", ".join(f"{name} {'selects others' if dB is None else f'{dB:.0f} dB'}" for name, dB in row["sqnr"].items() if dB != 999.0)
@@ -378,7 +383,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="make no row")
     options = parser.parse_args()
     table, raw = [], {}
-    with workplace(0 if options.table else 16 << 30, options.keep) as base:
+    with nullcontext() if options.table else sharing(), workplace(0 if options.table else 16 << 30, options.keep) as base:
         for name in MODELS:
             bench = Bench(name, base, options.rows, options.rounds, options.threads)
             for plan in PLANS:

@@ -8,7 +8,7 @@ it is the graph that tracing anew would give.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from tmc_export.export.capture import capture
 from tmc_export.export.checkpoint import TensorSource
 from tmc_export.export.tensors import CheckpointTensor
 from tmc_export.graphs import METHODS
+from tmc_export.passes.pipeline import specialize
 from tmc_export.surgery.block import DecoderBlock
 from tmc_export.surgery.cut import Cut
 from tmc_export.surgery.embed import Embed
@@ -73,18 +74,43 @@ def _bound(traced: ir.Model, module: nn.Module, model: nn.Module, checkpoint: Te
 
 def _capture_once(module: nn.Module, inputs: list[Tensor], *, model: nn.Module, checkpoint: TensorSource, **more: Any) -> ir.Model:
     key = traced_for(module, inputs, model, **more)
-    found = next((graph for kept, graph in _KEPT if kept == key), None) if key is not None else None
-    if found is None:
+    number = next((n for n, (kept, _) in enumerate(_KEPT) if kept == key), None) if key is not None else None
+    if number is None:
         found = capture(module, inputs, model=model, checkpoint=checkpoint, **more)
         if key is None:
             return found
+        number = len(_KEPT)
         _KEPT.append((key, found))
-    return _bound(found, module, model, checkpoint)
+    bound = _bound(_KEPT[number][1], module, model, checkpoint)
+    bound.meta[_MARK] = number, getattr(checkpoint, "folder", None)
+    return bound
+
+
+_MARK = "tests._traced"
+_STATIC: dict[object, ir.Model] = {}
+
+
+def _specialize_once(model: ir.Model, sizes: Mapping[str, int], name: str, **more: Any) -> ir.Model:
+    """Weights are read from the checkpoint of the first: its folder is the same. Slots of codes have scales of their own."""
+    mark = model.meta.get(_MARK)
+    if mark is None or mark[1] is None or any(node.op_type == "QuantizeLinear" for node in model.graph):
+        return specialize(model, sizes, name, **more)
+    key = mark, tuple(sorted(sizes.items())), name, tuple(sorted(more.items()))
+    if key not in _STATIC:
+        _STATIC[key] = specialize(model, sizes, name, **more)
+    return _STATIC[key].clone()
 
 
 @contextmanager
-def traced_once() -> Iterator[None]:
-    """While active, `build` traces a subgraph only where none of its kind was traced in this process."""
+def traced_once(one_checkpoint: bool = False) -> Iterator[None]:
+    """While active, `build` traces a subgraph only where none of its kind was traced in this process.
+
+    Args:
+        one_checkpoint: the weights in a folder stay what they are; then a graph gets its sizes once, too.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exporter, "capture", _capture_once)
+        if one_checkpoint:
+            patch.setattr(exporter, "specialize", _specialize_once)
         yield
+    _STATIC.clear()

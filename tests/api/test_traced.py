@@ -20,6 +20,7 @@ from tmc_export.api.bundling import build_bundle  # noqa: E402
 from tmc_export.api.exporter import Exporter  # noqa: E402
 from tmc_export.api.subgraphs import program_of  # noqa: E402
 from tmc_export.export.capture import OPSET, capture  # noqa: E402
+from tmc_export.passes.pipeline import specialize  # noqa: E402
 from tmc_export.plan.make import make_plan  # noqa: E402
 from tmc_export.plan.source import read_model_files  # noqa: E402
 from tmc_export.recipe import load_recipe  # noqa: E402
@@ -75,6 +76,24 @@ def test_a_graph_that_is_taken_again_is_the_one_that_tracing_gives(
     anew = build(other, text, "anew")
     assert shared.keys() == anew.keys() and [name for name in anew if shared[name] != anew[name]] == []
     assert {name for name in first if first[name] != anew[name]} >= {"onnx/block_0.data", "onnx/embed.data"}
+
+
+def test_a_graph_that_got_its_sizes_before_is_the_one_that_gets_them_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two schemes of one model, each in the graphs that the other's build has left alone; slots of codes have their own."""
+    monkeypatch.setattr(exporter, "capture", capture)
+    monkeypatch.setattr(_traced, "_KEPT", [])
+    given: list[str] = []
+    monkeypatch.setattr(_traced, "specialize", lambda *rest, **more: given.append(rest[2]) or specialize(*rest, **more))
+    folder = save(tmp_path)
+    texts = [TEXT_ONLY, TEXT_ONLY.replace("quantize: {}", "quantize: {decoder: {weights: int8}}")]
+    assert texts[0] != texts[1]
+    with _traced.traced_once(one_checkpoint=True):
+        shared = [build(folder, text, f"shared-{n}") for n, text in enumerate([*texts, texts[0]])]
+    assert len(given) == len(set(given)) > 3 and not _traced._STATIC
+    anew = [build(folder, text, f"anew-{n}") for n, text in enumerate(texts)]
+    for mine, theirs in zip(shared, [*anew, anew[0]], strict=True):
+        assert mine.keys() == theirs.keys() and [name for name in theirs if mine[name] != theirs[name]] == []
+    assert shared[0] != shared[1]
 
 
 def keys(folder: Path, text: str = RECIPE, change: Callable[[Any], None] = lambda config: None) -> dict[str, object | None]:
