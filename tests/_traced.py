@@ -87,13 +87,15 @@ def _capture_once(module: nn.Module, inputs: list[Tensor], *, model: nn.Module, 
 
 
 _MARK = "tests._traced"
+_CODES = ("QuantizeLinear", "DequantizeLinear")
+"""Before weight schemes only slots have them."""
 _STATIC: dict[object, ir.Model] = {}
 
 
 def _specialize_once(model: ir.Model, sizes: Mapping[str, int], name: str, **more: Any) -> ir.Model:
     """Weights are read from the checkpoint of the first: its folder is the same. Slots of codes have scales of their own."""
     mark = model.meta.get(_MARK)
-    if mark is None or mark[1] is None or any(node.op_type == "QuantizeLinear" for node in model.graph):
+    if mark is None or mark[1] is None or any(node.op_type in _CODES for node in model.graph):
         return specialize(model, sizes, name, **more)
     key = mark, tuple(sorted(sizes.items())), name, tuple(sorted(more.items()))
     if key not in _STATIC:

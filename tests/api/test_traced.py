@@ -78,22 +78,41 @@ def test_a_graph_that_is_taken_again_is_the_one_that_tracing_gives(
     assert {name for name in first if first[name] != anew[name]} >= {"onnx/block_0.data", "onnx/embed.data"}
 
 
-def test_a_graph_that_got_its_sizes_before_is_the_one_that_gets_them_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two schemes of one model, each in the graphs that the other's build has left alone; slots of codes have their own."""
+INT8, KV_INT8, KV_FP8 = "decoder: {weights: int8}", "kv: {weights: int8}", "kv: {weights: fp8}"
+
+
+@pytest.mark.parametrize(
+    ("text", "schemes"),
+    [
+        pytest.param(TEXT_ONLY, [KV_INT8], id="text"),
+        pytest.param(RECIPE, [INT8, KV_INT8, KV_FP8], id="a picture and a cut", marks=pytest.mark.slow),
+    ],
+)
+def test_a_graph_that_got_its_sizes_before_is_the_one_that_gets_them_anew(
+    text: str, schemes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Schemes of one model, each in the graphs that the others' builds have left alone; slots of codes have their own."""
+    from PIL import Image
+
     monkeypatch.setattr(exporter, "capture", capture)
     monkeypatch.setattr(_traced, "_KEPT", [])
     given: list[str] = []
     monkeypatch.setattr(_traced, "specialize", lambda *rest, **more: given.append(rest[2]) or specialize(*rest, **more))
     folder = save(tmp_path)
-    texts = [TEXT_ONLY, TEXT_ONLY.replace("quantize: {}", "quantize: {decoder: {weights: int8}}")]
-    assert texts[0] != texts[1]
+    (folder / "seen").mkdir()
+    Image.new("RGB", (42, 42), "red").save(folder / "seen" / "1.png")
+    (folder / "prompts.jsonl").write_text('{"prompt": "what is it"}\n', "utf-8")
+    pictures = "" if text is TEXT_ONLY else f", images: {folder / 'seen'}"
+    data = f"calibration: {{prompts: {folder / 'prompts.jsonl'}{pictures}}}"
+    texts = [text, *(text.replace("quantize: {}", f"quantize: {{{s}{f', {data}' if 'kv' in s else ''}}}") for s in schemes)]
     with _traced.traced_once(one_checkpoint=True):
-        shared = [build(folder, text, f"shared-{n}") for n, text in enumerate([*texts, texts[0]])]
-    assert len(given) == len(set(given)) > 3 and not _traced._STATIC
-    anew = [build(folder, text, f"anew-{n}") for n, text in enumerate(texts)]
+        shared = [build(folder, each, f"shared-{n}") for n, each in enumerate([*texts, texts[0]])]
+    assert given.count("embed_prefill") == 1 and not _traced._STATIC
+    assert given.count("block_0_prefill") == 1 + sum("kv" in s for s in schemes)
+    anew = [build(folder, each, f"anew-{n}") for n, each in enumerate(texts)]
     for mine, theirs in zip(shared, [*anew, anew[0]], strict=True):
         assert mine.keys() == theirs.keys() and [name for name in theirs if mine[name] != theirs[name]] == []
-    assert shared[0] != shared[1]
+    assert len({str(sorted(found.items())) for found in anew}) == len(texts), "every scheme has other graphs"
 
 
 def keys(folder: Path, text: str = RECIPE, change: Callable[[Any], None] = lambda config: None) -> dict[str, object | None]:
