@@ -14,9 +14,9 @@ tiny-llava, SmolLM2-135M behind a random tower, and the random 0.36B decoder of 
   own, `--rounds` times; 0: the times are not run.
 
 int4 is computed at accuracy level 1 (as a device does) but for the times, which are of level 4. A finished row is a file in `--rows`, or in
-the committed results; it is made anew when it is asked for and its recipe or tmc-export's code for it has changed. Rows that are not there
-are *not run* in the table, and rows of another commit say so. With `--rounds 0` and `--keep` the bundles stay, so that a later run adds the
-times alone. `--table` writes the table of what is there.
+the committed results; it is made anew when it is asked for and its recipe or the code of `graphs`, `quantize`, `passes` or `api` has
+changed. Rows that are not there are *not run* in the table, and rows of other code there say their commit. With `--rounds 0` and `--keep`
+the bundles stay, so that a later run adds the times alone. `--table` writes the table of what is there.
 """
 
 from __future__ import annotations

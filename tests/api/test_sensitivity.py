@@ -130,6 +130,10 @@ def test_another_scheme_takes_float32_s_answers_as_they_are(home: Path, once: No
         with first.with_recipe(load_recipe(other), 4) as second:
             assert sum(line.startswith("float32") for line in said) == asked == len(samples)
             mine = second.measuring.both(second.everything(), answers=True)
+        other.write_text(TEXT.replace("keep: 4}", "keep: 3}"), "utf-8")
+        with pytest.raises(ValueError, match="differs from small in more than quantize"), first.with_recipe(load_recipe(other), 4):
+            pass
+        other.write_text(TEXT.replace("weights: int4, block: 32", "weights: int8"), "utf-8")
         with first.with_recipe(load_recipe(other), 3) as shorter:
             assert sum(line.startswith("float32") for line in said) == 2 * asked, "answers of another length are others"
             assert all(len(a.tokens) <= 3 for a in shorter.measuring.baselines)

@@ -210,12 +210,13 @@ COMBINATIONS = {
     "sums": {"compress": "{at: decoder.1, method: fitprune, delete: [5]}"},
     "weights": {"quantize": f"{{decoder: {{weights: int8}}, {KV[1:]}"},
     "half": {"dtype": "float16"},
+    "bf16": {"quantize": f"{{decoder: {{weights: bf16}}, {KV[1:]}"},
     "long": {"text": RECIPE.replace("text_tokens: 32", "text_tokens: 280").replace("chunk: 8", "chunk: 128")},
 }
 """The last one's prompts are cut into blocks of rows, which read slices of what was widened."""
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in ("sums", "weights") else n for n in COMBINATIONS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in ("sums", "weights", "bf16") else n for n in COMBINATIONS])
 def test_what_reads_or_prunes_slots_agrees_with_the_reference(name: str, folder: Path, scales: Scales) -> None:
     path = recipe(folder, name, **{"quantize": KV, **COMBINATIONS[name]})
     bundle = build_coded(path, folder / name, scales, record=True)

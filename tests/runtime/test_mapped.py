@@ -27,7 +27,10 @@ PHASES = {f"onnx/{phase}.onnx": phase for phase in TOKENS}
 
 
 def write(folder: Path, kind: str) -> Path:
-    """Three graphs `y = x · w + b` on one weight file: w in float32, in float16, or as int4 codes with a product in float32 behind them."""
+    """Three graphs `y = x · w + b` on one weight file.
+
+    w is float32, float16, or int4 codes with a product in float32 behind them (`mixed`: in float16).
+    """
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 256, WIDTH * WIDTH // 2, dtype=np.uint8)
     weight = rng.standard_normal((WIDTH, WIDTH), dtype=np.float32)
@@ -49,6 +52,10 @@ def write(folder: Path, kind: str) -> Path:
             nodes[1],
         ]
         parts["head"] = (TensorProto.FLOAT, (WIDTH, WIDTH), (weight / WIDTH).tobytes())
+        if kind == "mixed":
+            parts["h"] = (TensorProto.FLOAT16, (WIDTH, WIDTH), (weight / 8).astype("<f2").tobytes())
+            del parts["head"]
+            nodes.insert(0, helper.make_node("Cast", ["h"], ["head"], to=TensorProto.FLOAT))
     (folder / "onnx").mkdir(parents=True)
     tensors, data = [], b""
     for name, (type_, dims, raw) in parts.items():
@@ -294,6 +301,27 @@ def test_a_weight_is_widened_before_its_product(tmp_path: Path, ordered: bool, m
         wide += (kind == "Cast" and size >= WIDTH * WIDTH * 4) - (kind in ("MatMul", "Gemm"))
         most = max(most, wide)
     assert big == ["Cast"] * 4 and (most == 1) is ordered
+
+
+@pytest.mark.parametrize("codes", [True, False])
+def test_codes_beside_float16_stay_codes(tmp_path: Path, codes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without onnxruntime's fusions, which float16 alone is better off without, codes are widened in every run; the twin does it."""
+    right, of = ort.InferenceSession, MappedWeights.of
+
+    def session(model: str | bytes, options: ort.SessionOptions, **named: object) -> ort.InferenceSession:
+        options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
+        return right(model, options, **named)
+
+    monkeypatch.setattr(ort, "InferenceSession", session)
+    if not codes:
+        monkeypatch.setattr(MappedWeights, "of", lambda *given: replace(of(*given), codes=False))
+    folder = write(tmp_path / "bundle", "mixed")
+    made = backend(folder, True)
+    got = ask(made, "decode")
+    events = json.loads(Path(made.graph("onnx/decode.onnx")._session.end_profiling()).read_text("utf-8"))
+    ran = {e["args"]["op_name"] for e in events if e["name"].endswith("_kernel_time")}
+    assert ("MatMulNBits" in ran, "DequantizeLinear" in ran, "Cast" in ran) == (codes, not codes, True)
+    np.testing.assert_allclose(got, ask(backend(folder, False), "decode"), rtol=1e-5, atol=1e-3)
 
 
 def test_a_weight_file_that_is_cut_short(tmp_path: Path) -> None:

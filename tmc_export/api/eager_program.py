@@ -95,12 +95,12 @@ def eager_program(
     )  # fmt: skip
 
 
-def weight_budget() -> int:
-    """Bytes of weights that may stay in memory between two uses: a quarter of what is free, 1 GiB at least.
+def weight_budget(caches: int = 1) -> int:
+    """Bytes of weights that may stay in memory between two uses in each of so many caches: of a quarter of what is free, or of 1 GiB.
 
     Each token reads every weight once, in the same order. Where they do not fit, none of them is still there when it is read again.
     """
-    return max(1 << 30, (available_bytes() or 0) // 4)
+    return max(1 << 30, (available_bytes() or 0) // 4) // max(1, caches)
 
 
 def _linears(model: nn.Module) -> list[nn.Linear]:

@@ -164,7 +164,13 @@ class Bench:
 
     @contextmanager
     def with_recipe(self, recipe: Recipe, tokens: int) -> Iterator[Bench]:
-        """Open the same bench for a recipe that differs in `quantize` alone, calibrated anew; float32's answers stay."""
+        """Open the same bench for a recipe that differs in `quantize` alone, calibrated anew; float32's answers stay.
+
+        Raises:
+            ValueError: it differs in what float32 answers.
+        """
+        if [recipe.model, recipe.inputs, recipe.compress] != [self.recipe.model, self.recipe.inputs, self.recipe.compress]:
+            raise ValueError(f"the recipe {recipe.name} differs from {self.recipe.name} in more than quantize; open a bench of its own")
         plan, _ = make_plan(recipe, self._model.files)
         with _calibrated(recipe, plan, self._model, self.samples, tokens, self._progress, self.measuring) as bench:
             yield bench
@@ -252,7 +258,7 @@ def _calibrated(
     progress: Progress,
     before: Measuring | None = None,
 ) -> Iterator[Bench]:
-    with TemporaryDirectory(prefix="tmc-export-codes-") as place:
+    with TemporaryDirectory(prefix="tmc-export-codes-", ignore_cleanup_errors=True) as place:  # Windows removes no file that is mapped
         found = calibrate(
             plan, recipe, samples_of(recipe), model.files, model.folder, model.config, model.towers, progress, Path(place), model.eager
         )

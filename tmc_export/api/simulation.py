@@ -90,13 +90,15 @@ class Simulation:
         self.targets: Mapping[str, Target] = _targets(plan, eager)
         self._check()
         self._shared: dict[tuple[str, ...], Array] = {}
+        rounded = {file: frozenset(t.name for t in self.targets.values() if file in t.files) for file in eager.weights}
+        budget = weight_budget(len({(id(cache), rounded[file]) for file, (_, cache) in eager.weights.items() if rounded[file]}))
         caches: dict[tuple[int, frozenset[str]], WeightCache] = {}
         self.weights: dict[str, tuple[Mapping[int, str], WeightCache]] = {}
         for file, (names, cache) in eager.weights.items():
-            mine = frozenset(t.name for t in self.targets.values() if file in t.files)
+            mine = rounded[file]
             key = id(cache), mine
             if mine and key not in caches:
-                caches[key] = WeightCache(_Rounded(cache, eager.identity, partial(self._round, mine)), torch.float32, weight_budget())
+                caches[key] = WeightCache(_Rounded(cache, eager.identity, partial(self._round, mine)), torch.float32, budget)
             self.weights[file] = names, caches[key] if mine else cache
         self.backend = EagerBackend(eager.backend.runnables, self.weights)
 

@@ -21,7 +21,19 @@ from tmc_export.plan.rows import ROW_BLOCK, handed_rows
 from tmc_export.plan.types import BlockPlan, CutPlan, Plan, TowerPlan, VisionPlan
 from tmc_export.recipe import Device, Recipe
 
-__all__ = ["GIB", "Room", "RunMemory", "brought", "check_run_memory", "codes_of", "gib", "room_of", "run_memory", "shared_in_place"]
+__all__ = [
+    "GIB",
+    "Room",
+    "RunMemory",
+    "brought",
+    "check_run_memory",
+    "codes_of",
+    "gib",
+    "holds_float16",
+    "room_of",
+    "run_memory",
+    "shared_in_place",
+]
 
 GIB = 2**30
 _RESERVE_SHARED, _RESERVE_SHARE, _RESERVE_OWN = 1 * GIB, 0.06, GIB // 2
@@ -122,7 +134,13 @@ def shared_in_place(plan: Plan) -> bool:
 def _widened(plan: Plan) -> int:
     """The largest weight in float32, where it is float16 in the file."""
     d = plan.facts.decoder
-    return 0 if plan.dtype == "float32" else 4 * d.width * max(d.vocabulary, d.intermediate)
+    return 4 * d.width * max(d.vocabulary, d.intermediate) if holds_float16(plan) else 0
+
+
+def holds_float16(plan: Plan) -> bool:
+    """Whether weights of the decoder or its head are float16 in the file."""
+    schemes = [plan.quantize.get(part) for part in ("decoder", "head")]
+    return plan.dtype != "float32" or any(scheme is not None and scheme.weights == "fp16" for scheme in schemes)
 
 
 def _packed(plan: Plan, block: BlockPlan, unpacked: int) -> int:
@@ -136,7 +154,7 @@ def _packed(plan: Plan, block: BlockPlan, unpacked: int) -> int:
 def _sums(plan: Plan, block: BlockPlan, tight: bool) -> int:
     """What onnxruntime's `MatMulNBits` keeps beside codes: a float32 sum per run of codes; of int8 the scale of each run, too.
 
-    It cuts int8 codes into runs itself: of 32, under `memory_tight` of 128 and more.
+    It cuts int8 codes into runs itself: of 32, under `memory_tight` of 128.
     """
     scheme = plan.quantize.get("decoder")
     if scheme is None or scheme.activations is not None or scheme.weights not in ("int4", "int8"):

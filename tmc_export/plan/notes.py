@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from tmc_export.plan._weights import patch_kernel
 from tmc_export.plan.building import build_memory, built_on_device
-from tmc_export.plan.memory import Room, gib, run_memory, shared_in_place
+from tmc_export.plan.memory import Room, gib, holds_float16, run_memory, shared_in_place
 from tmc_export.plan.stored import stored_notes
 from tmc_export.plan.types import Plan, QuantizePlan
 from tmc_export.recipe import Device, Recipe
@@ -55,8 +55,19 @@ def notes_of(recipe: Recipe, plan: Plan, device: Device, room: Room | None) -> t
             "memory_tight shares only floating-point weights between onnxruntime's sessions; codes are held by one phase at a time, and "
             "loaded again when a turn begins and when its answer does"
         )
-    if recipe.target.memory_tight and runtime == "onnxruntime" and plan.dtype != "float32":
+    if recipe.target.memory_tight and runtime == "onnxruntime" and holds_float16(plan):
         found.append("memory_tight has float16 weights turned into float32 by every run, one at a time: each token takes longer")
+    decoder = plan.quantize.get("decoder")
+    if (
+        recipe.target.memory_tight
+        and runtime == "onnxruntime"
+        and decoder is not None
+        and (decoder.weights, decoder.activations) == ("int8", None)
+    ):
+        found.append(
+            "memory_tight has onnxruntime round the inputs of int8 products in runs of 128 instead of 32 (not under int4_accuracy=1): "
+            "less exact"
+        )
     if recipe.target.build_memory_gib is not None and runtime == "onnxruntime":
         found.append("build_memory_gib has no effect with onnxruntime, for which no engine is built")
     if "decode_width" in recipe.target.model_fields_set and runtime == "onnxruntime":

@@ -148,7 +148,8 @@ class BackendOptions:
             fast; 1: they stay float, which is what a device computes.
         memory_tight: keep one copy of the weights instead of a packed one per phase; slower. Floating-point weights stay in the file, which
             is mapped once for all sessions, and each run turns float16 into float32, one weight at a time; of graphs with codes, those of
-            one phase are loaded at a time. Nothing is kept between runs. With glibc, freed blocks of a MiB and more leave the process.
+            one phase are loaded at a time. int8 codes get a scale per 128 of them instead of per 32, and so do activations at accuracy 4.
+            Nothing is kept between runs. With glibc, freed blocks of `_malloc.LARGE` and more leave the process.
         phases: files of graphs of the decoder and the token table → their phase; read under `memory_tight`.
         spin: files of graphs whose threads wait for the next run awake. Faster where one graph follows itself, as decode steps of a single
             block do; a graph that others follow would take the cores from them for a while.

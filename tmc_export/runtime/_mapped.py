@@ -48,12 +48,14 @@ class SharedWeights:
         model: the graph with the large ones of `values` as inputs that have a default; None: as it is in its file, all weights being
             float32.
         widens: some of those inputs are float16, so that each run turns them into float32.
+        codes: some weights are codes.
     """
 
     values: Mapping[str, ort.OrtValue]
     others: int
     model: bytes | None = None
     widens: bool = False
+    codes: bool = False
 
 
 class MappedWeights:
@@ -89,7 +91,9 @@ class MappedWeights:
                 if not small:
                     inputs.append(tensor)
         widens = any(tensor.type == _FLOAT16 for tensor in inputs)
-        return SharedWeights(values, others if others >= _SMALL else 0, None if plain else with_graph_inputs(model, inputs), widens)
+        return SharedWeights(
+            values, others if others >= _SMALL else 0, None if plain else with_graph_inputs(model, inputs), widens, bool(packed)
+        )
 
     def give_back(self, graph: Path) -> None:
         """Take the pages of a graph that reads few rows out of the process; the next run finds its rows in the system's cache or the file.

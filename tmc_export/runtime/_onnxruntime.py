@@ -225,12 +225,14 @@ class OnnxRuntimeBackend(HostMemory):
             options.add_initializer(name, value)
         if not shared.others:
             options.add_session_config_entry("session.disable_prepacking", "1")
-        options.add_session_config_entry("session.qdq_matmulnbits_block_size", "-1")  # else a scale per 32 of int8 codes, twice
+        options.add_session_config_entry("session.qdq_matmulnbits_block_size", "128")  # else a scale per 32 of int8 codes, twice
         if shared.widens:
             # In onnxruntime's own order most weights are widened before the first product. By priority, weights come in the order of their
-            # products, unless its fusions, which would be ready after all weights, stand between.
+            # products, unless its fusions, which would be ready after all weights, stand between. Beside codes they must stay: without
+            # them codes are widened in every run, and what is float16 there is the head, whose product is the last.
             options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+            if not shared.codes:
+                options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         if shared.model is not None:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False

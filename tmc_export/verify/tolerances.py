@@ -29,8 +29,8 @@ __all__ = [
 ]
 
 Precision = Literal[
-    "float32", "float16", "int8 slots", "int8 slots, half", "fp8 slots", "fp8 slots, half", "bf16", "int8", "int8 w8a8", "fp8",
-    "fp8 w8a8", "int4", "nvfp4", "nvfp4 w4a4",
+    "float32", "float16", "int8 slots", "int8 slots, half", "fp8 slots", "fp8 slots, half", "fp8 slots, bf16", "bf16", "int8", "int8 w8a8",
+    "fp8", "fp8 w8a8", "int4", "nvfp4", "nvfp4 w4a4",
 ]  # fmt: skip
 
 FLOAT16_MAX = 65504.0
@@ -111,6 +111,14 @@ TOLERANCES: Mapping[tuple[str, str], Tolerance] = {
         rtol=0.15, atol=1e-3, sqnr_db=22, kl=3e-2, same_tokens=False,
         reason="float16's end to end, and what turned codes add to it",
     ),
+    ("subgraph", "fp8 slots, bf16"): Tolerance(
+        rtol=0.13, atol=1e-3, sqnr_db=25, kl=1e-2, same_tokens=False,
+        reason="beside bf16 rows differ by 2^-9 of themselves, so that codes turn, each by up to 1 / 8 of itself",
+    ),
+    ("end_to_end", "fp8 slots, bf16"): Tolerance(
+        rtol=0.15, atol=1e-3, sqnr_db=22, kl=0.1, same_tokens=False,
+        reason="bf16's end to end, and what turned codes add to it",
+    ),
     ("subgraph", "bf16"): Tolerance(
         rtol=5e-2, atol=1e-3, sqnr_db=30, kl=1e-2, same_tokens=False,
         reason="weights rounded to 8 bits: an error of 2^-9 of each, about 56 dB a linear, less over several layers",
@@ -184,6 +192,7 @@ MARGINS: Mapping[str, tuple[float, str]] = {
     "int8 slots, half": (2e-2, "the same, and hidden states that carry float16's subgraph rtol"),
     "fp8 slots": (3e-2, "as int8 slots; a number's neighbour is up to 1 / 8 of it away, of the many that a score sums up"),
     "fp8 slots, half": (5e-2, "the same, and hidden states that carry float16's subgraph rtol"),
+    "fp8 slots, bf16": (5e-2, "the same, and hidden states that carry weights rounded to 8 bits"),
     "bf16": (2e-2, "hidden states carry a few times the rounding of weights to 8 bits, 2^-9 of each"),
     "int8": (3e-2, "weights differ by their quantization step of max / 127; only choices that are clear beside it are compared"),
     "int8 w8a8": (1e-1, "hidden states carry the steps of every product's input; only choices that are clear beside them are compared"),
@@ -224,12 +233,16 @@ def coarsest(schemes: Collection[str], dtype: str, codes: Literal["int8", "fp8"]
 
     >>> coarsest({"int8", "fp16"}, "float32"), coarsest(set(), "float16"), coarsest(set(), "float32", "fp8")
     ('int8', 'float16', 'fp8 slots')
+    >>> [coarsest({weights}, "float32", codes) for weights, codes in (("bf16", "fp8"), ("bf16", "int8"), ("int8", "fp8"))]
+    ['fp8 slots, bf16', 'bf16', 'int8']
     """
     found = next((name for name in _COARSE if name in schemes), None)
+    if found == "bf16" and codes == "fp8":
+        return "fp8 slots, bf16"
     if found is not None:
         return found
     half = "fp16" in schemes or dtype != "float32"
-    if codes == "int8":  # the reference rounds to codes, too, so that any weight scheme is coarser
+    if codes == "int8":  # the reference rounds to codes, too, so that any weight scheme is coarser; of fp8's, any but bf16
         return "int8 slots, half" if half else "int8 slots"
     if codes == "fp8":
         return "fp8 slots, half" if half else "fp8 slots"
