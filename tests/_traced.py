@@ -114,5 +114,7 @@ def traced_once(one_checkpoint: bool = False) -> Iterator[None]:
         patch.setattr(exporter, "capture", _capture_once)
         if one_checkpoint:
             patch.setattr(exporter, "specialize", _specialize_once)
-        yield
-    _STATIC.clear()
+        try:
+            yield
+        finally:
+            _STATIC.clear()

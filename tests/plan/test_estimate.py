@@ -247,3 +247,8 @@ def test_notes(write: Writer, files: ModelFiles) -> None:
     codes = {"quantize": int4, "model": "dtype: float32", "target": "device: cpu, runtime: onnxruntime, memory_tight: true"}
     turns = " | ".join(report_plan(write(**codes), files).notes)
     assert "memory_tight shares only floating-point" in turns and "by every run" not in turns and "memory_tight shares" not in cpu
+    coarser, tight = "in runs of 128 instead of 32", {**codes, "quantize": "{decoder: {weights: int8}}"}
+    assert coarser in " | ".join(report_plan(write(**tight), files).notes) and coarser not in turns + cpu
+    assert coarser not in " | ".join(report_plan(write(**{**tight, "target": "device: cpu, runtime: onnxruntime"}), files).notes)
+    for half in ("{head: {weights: fp16}}", "{decoder: {weights: fp16}}"):
+        assert "by every run" in " | ".join(report_plan(write(**{**codes, "quantize": half}), files).notes)

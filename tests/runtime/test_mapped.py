@@ -278,23 +278,34 @@ def write_chain(folder: Path) -> Path:
     return folder
 
 
+def profile(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every session from now on write down what it runs."""
+    right = ort.InferenceSession
+
+    def session(model: str | bytes, options: ort.SessionOptions, **named: object) -> ort.InferenceSession:
+        options.enable_profiling, options.profile_file_prefix = True, str(prefix)
+        return right(model, options, **named)
+
+    monkeypatch.setattr(ort, "InferenceSession", session)
+
+
+def kernels(session: ort.InferenceSession) -> list[Any]:
+    """What a profiled session has run."""
+    events = json.loads(Path(session.end_profiling()).read_text("utf-8"))
+    return [e for e in events if e["name"].endswith("_kernel_time")]
+
+
 @pytest.mark.parametrize("ordered", [True, False])
 def test_a_weight_is_widened_before_its_product(tmp_path: Path, ordered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float16 one weight at a time is float32; the twin is onnxruntime's own order, in which it is more."""
     folder = write_chain(tmp_path / "bundle")
-    right, of = ort.InferenceSession, MappedWeights.of
-
-    def session(model: str | bytes, options: ort.SessionOptions, **named: object) -> ort.InferenceSession:
-        options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
-        return right(model, options, **named)
-
-    monkeypatch.setattr(ort, "InferenceSession", session)
+    of = MappedWeights.of
+    profile(tmp_path / "profile", monkeypatch)
     if not ordered:
         monkeypatch.setattr(MappedWeights, "of", lambda *given: replace(of(*given), widens=False))
     graph = backend(folder, True).graph("onnx/prefill.onnx")
     graph.run({"x": np.ones((5, WIDTH), np.float16)})
-    events = json.loads(Path(graph._session.end_profiling()).read_text("utf-8"))
-    done = sorted((e["ts"], e["args"]["op_name"], int(e["args"]["output_size"])) for e in events if e["name"].endswith("_kernel_time"))
+    done = sorted((e["ts"], e["args"]["op_name"], int(e["args"]["output_size"])) for e in kernels(graph._session))
     big = [kind for _, kind, size in done if size >= WIDTH * WIDTH * 4]
     wide = most = 0
     for _, kind, size in done:
@@ -306,20 +317,14 @@ def test_a_weight_is_widened_before_its_product(tmp_path: Path, ordered: bool, m
 @pytest.mark.parametrize("codes", [True, False])
 def test_codes_beside_float16_stay_codes(tmp_path: Path, codes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without onnxruntime's fusions, which float16 alone is better off without, codes are widened in every run; the twin does it."""
-    right, of = ort.InferenceSession, MappedWeights.of
-
-    def session(model: str | bytes, options: ort.SessionOptions, **named: object) -> ort.InferenceSession:
-        options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
-        return right(model, options, **named)
-
-    monkeypatch.setattr(ort, "InferenceSession", session)
+    of = MappedWeights.of
+    profile(tmp_path / "profile", monkeypatch)
     if not codes:
         monkeypatch.setattr(MappedWeights, "of", lambda *given: replace(of(*given), codes=False))
     folder = write(tmp_path / "bundle", "mixed")
     made = backend(folder, True)
     got = ask(made, "decode")
-    events = json.loads(Path(made.graph("onnx/decode.onnx")._session.end_profiling()).read_text("utf-8"))
-    ran = {e["args"]["op_name"] for e in events if e["name"].endswith("_kernel_time")}
+    ran = {e["args"]["op_name"] for e in kernels(made.graph("onnx/decode.onnx")._session)}
     assert ("MatMulNBits" in ran, "DequantizeLinear" in ran, "Cast" in ran) == (codes, not codes, True)
     np.testing.assert_allclose(got, ask(backend(folder, False), "decode"), rtol=1e-5, atol=1e-3)
 
