@@ -19,6 +19,7 @@ NAMES = (
     "engine_sizes",
     "engine_matrix",
     "decode_width",
+    "decode_attention",
     "accuracy",
     "parity",
     "slot_scales",

@@ -1,4 +1,4 @@
-"""The decode graph: onnxruntime's own attention where onnxruntime runs the bundle, standard ONNX elsewhere, and the same numbers."""
+"""The decode graph: onnxruntime's own operators where onnxruntime runs the bundle, standard ONNX elsewhere, and the same numbers."""
 
 from __future__ import annotations
 
@@ -24,11 +24,14 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-FUSED, DECODE = "GroupQueryAttention", "onnx/block_0_decode.onnx"
-ELSEWHERE = TEXT_ONLY.replace("{device: cpu, runtime: onnxruntime}", "{device: rtx-4090, runtime: tensorrt-rtx}")
+FUSED, ROTATED, DECODE = "GroupQueryAttention", "RotaryEmbedding", "onnx/block_0_decode.onnx"
+SHARING: dict[str, dict[str, int]] = {FUSED: {}, ROTATED: {"hidden": 160, "heads": 10}}
+"""Operator → a decoder that gets it: 2 and 5 query heads per KV head, behind 36 visual tokens in 60 slots."""
+PICTURE = TEXT_ONLY.replace("images: 0, text_tokens: 32, new_tokens: 16", "images: 1, text_tokens: 12, new_tokens: 12")
+ELSEWHERE = PICTURE.replace("{device: cpu, runtime: onnxruntime}", "{device: rtx-4090, runtime: tensorrt-rtx}")
 
 
-def built(folder: Path, text: str = TEXT_ONLY, decoder: DecoderName = "qwen2", **options: Any) -> Path:
+def built(folder: Path, text: str = PICTURE, decoder: DecoderName = "qwen2", **options: Any) -> Path:
     folder.mkdir(exist_ok=True)
     if not (folder / "model").exists():
         save_small_llava(folder / "model", decoder, layers=2, vision_layers=2, **options)
@@ -66,19 +69,31 @@ def feed(program: Program, filled: int, position: int) -> dict[str, Array]:
     }
 
 
+@pytest.fixture(scope="module", params=list(SHARING))
+def operator(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def both(tmp_path_factory: pytest.TempPathFactory, operator: str) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("decode")
-    return built(folder), built(folder, ELSEWHERE)
+    return built(folder, **SHARING[operator]), built(folder, ELSEWHERE, **SHARING[operator])
 
 
-def test_only_the_decode_graph_of_onnxruntime_has_its_operator(both: tuple[Path, Path]) -> None:
+def test_only_the_decode_graph_of_onnxruntime_has_its_operators(both: tuple[Path, Path], operator: str) -> None:
     here, elsewhere = both
-    assert operators(here).count(FUSED) == 2 and "Softmax" not in operators(here)
-    assert FUSED not in operators(elsewhere) and operators(elsewhere).count("Softmax") == 2
-    for phase in ("prefill", "chunk"):
-        assert FUSED not in operators(here, f"onnx/block_0_{phase}.onnx")
-    assert FUSED not in operators(here, "engines/block_0.onnx")
+    assert [operators(here).count(own) for own in SHARING] == [2 * (own == operator) for own in SHARING]
+    assert operators(here).count("Softmax") == operators(here).count("ScatterND") // 2 == 2 * (operator == ROTATED)
+    assert not {*SHARING} & {*operators(elsewhere)} and operators(elsewhere).count("Softmax") == 2
+    for file in ("onnx/block_0_prefill.onnx", "onnx/block_0_chunk.onnx", "engines/block_0.onnx"):
+        assert not {*SHARING} & {*operators(here, file)}
+
+
+def test_products_are_only_for_heads_that_share_and_slots_that_pictures_fill(tmp_path: Path) -> None:
+    """A slot more, or a query head less per key, and onnxruntime's one operator is in its place."""
+    fewer = PICTURE.replace("new_tokens: 12", "new_tokens: 13")
+    assert fewer != PICTURE and operators(built(tmp_path / "fewer", fewer, **SHARING[ROTATED])).count(FUSED) == 2
+    assert operators(built(tmp_path / "four", hidden=128, heads=8)).count(FUSED) == 2
 
 
 @pytest.mark.parametrize("filled", [0, 1, 17, 47])

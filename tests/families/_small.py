@@ -53,6 +53,7 @@ def save_small_llava(
     layers: int = 4,
     vision_layers: int = 3,
     hidden: int = 64,
+    heads: int = 4,
     kv_heads: int = 2,
     image_size: int = 84,
     tied: bool = False,
@@ -66,7 +67,8 @@ def save_small_llava(
         tower: kind of the encoder; CLIP has a class token, SigLIP none.
         seed: of the weights.
         layers: of the decoder.
-        hidden: width of the decoder, which has 4 heads.
+        hidden: width of the decoder.
+        heads: of the decoder.
         kv_heads: of the decoder.
         vision_layers: of the encoder; the last one is left out, as in LLaVA-1.5.
         image_size: side in pixels, patches of 14: the default gives 36 visual tokens.
@@ -85,7 +87,7 @@ def save_small_llava(
         template=_LLAVA_TEMPLATE,
         names={"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": None},
     )
-    text = _text_config(decoder, layers, hidden, kv_heads, tied, window, ids)
+    text = _text_config(decoder, layers, hidden, (heads, kv_heads), tied, window, ids)
     sizes = {
         "hidden_size": 48,
         "intermediate_size": 96,
@@ -229,15 +231,17 @@ def _save_qwen(folder: Path, kind: str, vision: dict[str, Any], seed: int, layer
     return folder
 
 
-def _text_config(kind: DecoderName, layers: int, hidden: int, kv_heads: int, tied: bool, window: int | None, ids: dict[str, int]) -> Any:
+def _text_config(
+    kind: DecoderName, layers: int, hidden: int, heads: tuple[int, int], tied: bool, window: int | None, ids: dict[str, int]
+) -> Any:
     from transformers import AutoConfig
 
     options: dict[str, Any] = {
         "hidden_size": hidden,
         "intermediate_size": 2 * hidden,
         "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": kv_heads,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
         "vocab_size": VOCABULARY,
         "max_position_embeddings": 1024,
         "tie_word_embeddings": tied,

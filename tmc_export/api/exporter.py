@@ -143,8 +143,10 @@ class Exporter:
         return model
 
     def _save(
-        self, model: ir.Model | None, name: str, sizes: dict[str, int], kind: GraphKind, data: str, append: bool = False, fuse: bool = False
-    ) -> str:
+        self, model: ir.Model | None, name: str, sizes: dict[str, int], kind: GraphKind, data: str, append: bool = False,
+        visual: int | None = None,
+    ) -> str:  # fmt: skip
+        """Make a traced graph static and write it; `append` and `visual` as `specialize` and `finish` take them."""
         file = f"onnx/{name}.onnx"
         self.runnables[file] = replace(self._traced, kind=kind)
         if model is not None and not self.write:
@@ -153,7 +155,7 @@ class Exporter:
             return file
         static = specialize(model, sizes, name, append=append, causal=kind == "block" and not append)
         self.schemes.apply(static, kind)
-        finish(static, fuse=fuse)
+        finish(static, visual=visual)
         self.store.externalize(static, data)
         ir.save(static, self.onnx / f"{name}.onnx")
         self.saved.append(file)
@@ -232,8 +234,8 @@ class Exporter:
         for phase, (t, p) in phases.items():
             append = phase == "decode"
             plain = set(self.plan.windows[plan.first : plan.last]) == {None} and not plan.since
-            fuse = append and self.plan.runtime == "onnxruntime" and plain
-            file = self._save(model, f"{name}_{phase}", {"T": t, "P": p - 1 if append else p}, "block", f"{name}.data", append, fuse)
+            visual = plan.tokens - self.plan.text_tokens if append and self.plan.runtime == "onnxruntime" and plain else None
+            file = self._save(model, f"{name}_{phase}", {"T": t, "P": p - 1 if append else p}, "block", f"{name}.data", append, visual)
             programs[phase] = GraphPhase(file=file, tokens=t, past=p)
         if model is not None and self.write:
             self._symbolic(model, name, phases)

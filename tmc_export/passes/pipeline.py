@@ -21,6 +21,7 @@ from tmc_export.passes.group_query_heads import GroupQueryHeadsPass
 from tmc_export.passes.join_projections import JoinProjectionsPass
 from tmc_export.passes.keep_outputs import KeepOutputsPass, output_names
 from tmc_export.passes.merge_reshapes import MergeReshapesPass
+from tmc_export.passes.rotate_together import ROTATED, RotateTogetherPass
 from tmc_export.passes.sign_rotation import SignRotationPass
 from tmc_export.passes.skip_future_keys import SkipFutureKeysPass
 from tmc_export.passes.specialize_sizes import SpecializeSizesPass
@@ -99,21 +100,22 @@ def specialize(model: ir.Model, sizes: Mapping[str, int], name: str, *, append: 
     return AssertStaticPass(name)(finish(static).model).model  # by itself: a sequence would wrap its error
 
 
-def finish(model: ir.Model, *, static: bool = True, fuse: bool = False) -> None:
+def finish(model: ir.Model, *, static: bool = True, visual: int | None = None) -> None:
     """Passes that need to know how each weight is stored, in place: what reads one value is joined.
 
     Args:
         model: weight schemes applied.
         static: every shape is a number; the blocks of the engine builder stay symbolic.
-        fuse: the graph takes one token, no layer has a window, and onnxruntime runs it: use its operator for attention.
+        visual: the graph takes one token behind a prompt with so many visual ones, no layer has a window, and onnxruntime runs it: use its
+            operators for attention.
 
     Raises:
         ExportError: a shape stays open or an operator is not allowed.
     """
     names = output_names(model)
+    step = [] if visual is None else [RotateTogetherPass(visual), MergeReshapesPass(), FuseDecodeAttentionPass()]
     ir.passes.Sequential(
-        JoinProjectionsPass(), *([FuseDecodeAttentionPass()] if fuse else []), common.RemoveUnusedNodesPass(),
-        common.TopologicalSortPass(), KeepOutputsPass(names),
+        JoinProjectionsPass(), *step, common.RemoveUnusedNodesPass(), common.TopologicalSortPass(), KeepOutputsPass(names)
     )(model)  # fmt: skip
     if static:
-        AssertStaticPass(model.graph.name or "", frozenset({FUSED}) if fuse else frozenset())(model)
+        AssertStaticPass(model.graph.name or "", frozenset({FUSED, ROTATED}) if step else frozenset())(model)

@@ -1,0 +1,121 @@
+"""Query and key of a decode step rotated by onnxruntime's one operator for it, the products left as they are.
+
+Before, per layer: what `_decode_attention` finds. After: `Split → [q k], v`, one `com.microsoft::RotaryEmbedding` of all heads of both,
+`Split → q, k`, and the mask made of the first free slot alone.
+
+For attention that `fuse_decode_attention` would make slower. `GroupQueryAttention` multiplies every query head by itself with the keys that
+are filled; here the query heads of a KV head are rows of one product with all slots. So this form is for many heads that share a key
+(`LEAST_SHARING`), in slots that the pictures of a prompt fill for the most part (`LEAST_FILLED`); `benchmarks/decode_attention.py` has both
+forms beside each other.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes
+
+from tmc_export.passes._decode_attention import DecodeAttention, Factors, decode_attention, widen_bias
+from tmc_export.passes._rewrite import constant, made_by, replace, reshape, sizes
+
+__all__ = ["ROTATED", "RotateTogetherPass"]
+
+_DOMAIN, _OPERATOR = "com.microsoft", "RotaryEmbedding"
+ROTATED = f"{_DOMAIN}::{_OPERATOR}"
+"""The operator that this pass puts in."""
+
+LEAST_SHARING = 5
+"""Query heads per KV head."""
+
+LEAST_FILLED = Fraction(3, 5)
+"""Of the slots, by visual tokens: text may be short, and then most of the products is wasted."""
+
+
+class RotateTogetherPass(ir.passes.InPlacePass):
+    """Rewrite the attention of every layer for which it is the faster form; of one sequence, in float32, slots without codes.
+
+    Args:
+        visual: visual tokens of a prompt.
+        sharing: query heads per KV head from which it is taken to be faster.
+        filled: share of the slots that they must fill for it.
+    """
+
+    def __init__(self, visual: int, sharing: int = LEAST_SHARING, filled: Fraction = LEAST_FILLED) -> None:
+        super().__init__()
+        self.visual, self.sharing, self.filled = visual, sharing, filled
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite the graph; `modified` says whether any attention was rewritten."""
+        found = [a for node in model.graph if (a := decode_attention(node)) is not None and self._pays(a)]
+        factors, masks = Factors(model.graph), dict[int, ir.Value]()
+        rewritten = [_rotate(model.graph, attention, factors, masks) for attention in found]
+        if any(rewritten):
+            model.opset_imports[_DOMAIN] = 1
+        return ir.passes.PassResult(model, any(rewritten))
+
+    def _pays(self, found: DecodeAttention) -> bool:
+        _, heads, slots, _ = found.slots
+        return found.key.scales is None and found.heads >= self.sharing * heads and self.visual >= self.filled * slots
+
+
+def _rotate(graph: ir.Graph, found: DecodeAttention, factors: Factors, masks: dict[int, ir.Value]) -> bool:
+    mask, free = made_by(found.softmax.inputs[0], "Add"), _free(found)
+    scores = next((place for place in (0, 1) if mask is not None and made_by(mask.inputs[place], "MatMul") is not None), None)
+    if mask is None or free is None or scores is None:
+        return False
+    _, heads, slots, width = found.slots
+    both, query, key = (found.heads + heads) * width, found.heads * width, heads * width
+    widen_bias(graph, found.packed)
+    joined, value = _split(graph, found.split, found.packed, (both, key))
+    rows = [factors.row(factor).outputs[0] for factor in found.factors]
+    here = constant(graph, "rotary.row", [[0]])
+    turned = ir.node(
+        _OPERATOR, [joined, here, *rows], attributes={"num_heads": found.heads + heads, "interleaved": 0}, domain=_DOMAIN
+    )  # fmt: skip
+    _place(graph, found.split, turned, (1, 1, both), f"{found.packed.name}.rotated")
+    parts = _split(graph, found.split, turned.outputs[0], (query, key))
+    for rotation, part, count in ((found.rotation, parts[0], found.heads), (found.key_rotation, parts[1], heads)):
+        replace(graph, rotation.end, reshape(graph, rotation.end, part, (1, count, 1, width), "turned"))
+    for use in found.split.outputs[2].uses():
+        use.node.replace_input_with(use.idx, value)
+    if slots not in masks:
+        masks[slots] = _seen(graph, found.split, free, slots)
+    mask.replace_input_with(1 - scores, masks[slots])
+    return True
+
+
+def _split(graph: ir.Graph, before: ir.Node, value: ir.Value, parts: tuple[int, int]) -> tuple[ir.Value, ir.Value]:
+    sizes_ = constant(graph, f"split_{parts[0]}_{parts[1]}", parts)
+    node = ir.node("Split", [value, sizes_], attributes={"axis": -1}, num_outputs=2)
+    graph.insert_before(before, node)
+    for out, part in zip(node.outputs, parts, strict=True):
+        out.name, out.shape, out.type = f"{value.name}.{part}", ir.Shape((1, 1, part)), ir.TensorType(ir.DataType.FLOAT)
+    return node.outputs[0], node.outputs[1]
+
+
+def _place(graph: ir.Graph, before: ir.Node, node: ir.Node, shape: tuple[int, ...], name: str, dtype: ir.DataType | None = None) -> None:
+    graph.insert_before(before, node)
+    out = node.outputs[0]
+    out.name, out.shape, out.type = name, ir.Shape(shape), ir.TensorType(dtype or ir.DataType.FLOAT)
+
+
+def _free(found: DecodeAttention) -> ir.Value | None:
+    """The first free slot, int64 `[1, 1, 1, 1]`, as `AppendInPlacePass` hands it to the ScatterND."""
+    index = made_by(found.key.node.inputs[1], "Concat")
+    spread = made_by(index.inputs[1], "Expand") if index is not None and len(index.inputs) == 2 else None
+    column = spread.inputs[0] if spread is not None else None
+    return column if sizes(column) == (1, 1, 1, 1) else None
+
+
+def _seen(graph: ir.Graph, before: ir.Node, free: ir.Value, slots: int) -> ir.Value:
+    """float `[1, 1, 1, C]`: 0 up to the first free slot, which the token itself fills, the least float behind it."""
+    name = f"slots.seen_{slots}"
+    places = constant(graph, f"slots.places_{slots}", np.arange(slots)[None, None, None])
+    up_to = ir.node("LessOrEqual", [places, free])
+    _place(graph, before, up_to, (1, 1, 1, slots), f"{name}.flags", ir.DataType.BOOL)
+    ends = [constant(graph, f"seen.{word}", number, np.float32) for word, number in (("yes", 0), ("no", np.finfo(np.float32).min))]
+    node = ir.node("Where", [up_to.outputs[0], *ends])
+    _place(graph, before, node, (1, 1, 1, slots), name)
+    return node.outputs[0]
