@@ -42,7 +42,7 @@ def write_recipe(base: Path) -> Path:
         "recipe": 1, "name": "resume", "model": {"source": str(base / "model"), "dtype": "float32"},
         "inputs": {"images": 1, "image_size": [336, 336], "text_tokens": 128, "new_tokens": 64},
         "compress": [{"at": "decoder.2", "method": "fastv", "keep": "50%"}],
-        "quantize": {"decoder": {"weights": "int4"}},
+        "quantize": {"decoder": {"weights": "int4", "block": 32}},
         "target": {"device": "cpu", "runtime": "onnxruntime"},
     }  # fmt: skip
     path = base / "recipe.yaml"
