@@ -18,6 +18,10 @@ def test_the_estimate_is_near_what_was_measured(weights: float, precision: str, 
     assert 0.75 * peak < estimate_bytes(int(weights * GIB), (), precision) / GIB < 1.25 * peak
 
 
+def test_16_bits_beside_float32_double() -> None:
+    assert estimate_bytes(GIB, (), "widened") == estimate_bytes(2 * GIB, (), "float32") > estimate_bytes(GIB, (), "float16")
+
+
 def test_free_memory_and_a_containers_limit(tmp_path: Path) -> None:
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal: 9 kB\nMemAvailable:    4096 kB\n")

@@ -12,8 +12,9 @@ from tmc_export.core.errors import LegalityError
 from tmc_export.engine._memory import estimate_bytes
 from tmc_export.families._contract import ModelFiles
 from tmc_export.plan._launches import slot_bytes
-from tmc_export.plan._weights import block_bytes, decoder_linears, embed_bytes, encoder_weights, projector_weights, weight_bytes
+from tmc_export.plan._weights import block_bytes, decoder_linears, embed_bytes, encoder_weights, projector_weights, weight_bytes, widened
 from tmc_export.plan.building import build_memory, builder_of, peak_of_build
+from tmc_export.plan.estimate import Clock, estimate
 from tmc_export.plan.make import for_this_builder, make_plan, report_plan
 from tmc_export.plan.memory import GIB, room_of, run_memory, shared_in_place
 from tmc_export.plan.resolve import resolve
@@ -48,6 +49,31 @@ def test_weights_of_7b(write: Writer, files: ModelFiles) -> None:
     )  # layers, patches, positions, class and norm
     assert projector_weights(plan.facts) == 1024 * 4096 + 4096 + 4096 * 4096 + 4096
     assert found.total / 2 == pytest.approx(7.05e9, rel=0.01)
+
+
+@pytest.mark.parametrize("scheme", ["fp16", "bf16"])
+def test_16_bits_beside_float32_are_held_as_float32(write: Writer, files: ModelFiles, scheme: str) -> None:
+    """As `benchmarks/engine_matrix.py` measures: twice the stored bytes. The token table stays on the CPU as it is stored."""
+    target, float32 = "device: jetson-agx-orin-64gb, runtime: tensorrt, decode_width: 2", "dtype: float32"
+    quantize = f"{{decoder: {{weights: {scheme}}}, head: {{weights: {scheme}}}}}"
+    clock = Clock(1e12, 1e11, ())
+    short = resolve(write(model=float32, quantize=quantize, target=target), files)
+    wide = resolve(write(model=float32, target=target), files)
+    stored, held = weight_bytes(short), weight_bytes(wide)
+    assert stored.head == held.head // 2 and stored.embed == held.embed // 2 and stored.decoder < 0.51 * held.decoder
+    assert build_memory(short) == build_memory(wide)
+    for runtime in ("tensorrt", "onnxruntime"):
+        assert run_memory(wide, runtime).weights - run_memory(short, runtime).weights == held.embed - stored.embed
+        assert estimate(short, clock, runtime).token_s == estimate(wide, clock, runtime).token_s
+    tight = [run_memory(p, "onnxruntime", memory_tight=True).weights for p in (short, wide)]
+    assert tight[0] < 0.6 * tight[1]
+    parts = stored.decoder + stored.head, held.decoder + held.head
+    assert estimate_bytes(parts[0], (), "widened") == pytest.approx(estimate_bytes(parts[1], (), "float32"), rel=0.01)
+
+
+def test_float16_slots_beside_float32_stay_float16(write: Writer, files: ModelFiles) -> None:
+    short, wide = (resolve(write(model="dtype: float32", quantize=q), files) for q in ("{kv: {weights: fp16}}", "{}"))
+    assert slot_bytes(widened(short)) * 2 == slot_bytes(widened(wide))
 
 
 def test_int4_is_half_a_byte_and_a_scale_per_block(write: Writer, files: ModelFiles) -> None:

@@ -234,7 +234,8 @@ class Exporter:
         for phase, (t, p) in phases.items():
             append = phase == "decode"
             plain = set(self.plan.windows[plan.first : plan.last]) == {None} and not plan.since
-            visual = plan.tokens - self.plan.text_tokens if append and self.plan.runtime == "onnxruntime" and plain else None
+            own = append and self.plan.runtime == "onnxruntime" and plain  # onnxruntime's operators
+            visual = (0 if self.plan.memory_tight else self.plan.images * plan.visual_tokens) if own else None
             file = self._save(model, f"{name}_{phase}", {"T": t, "P": p - 1 if append else p}, "block", f"{name}.data", append, visual)
             programs[phase] = GraphPhase(file=file, tokens=t, past=p)
         if model is not None and self.write:
@@ -300,6 +301,8 @@ class Exporter:
     def _precision(self, part: str) -> str:
         """How a part's weights are stored, for the engine builder's estimate of memory."""
         scheme = self.plan.quantize.get(part)
+        if scheme is not None and scheme.weights in ("fp16", "bf16") and self.plan.dtype == "float32":
+            return "widened"
         return scheme.weights if scheme is not None and scheme.weights not in ("fp16", "bf16") else self.plan.dtype
 
     def cut(self, plan: CutPlan) -> CutProgram:

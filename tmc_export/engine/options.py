@@ -90,7 +90,8 @@ class Subgraph:
     Attributes:
         name: `"block_0"`; also the stem of the engine's file.
         onnx: path of the graph below the bundle, with `/`.
-        precision: `"float16"`, `"float32"` or a weight scheme; only the memory estimate depends on it.
+        precision: `"float16"`, `"float32"`, a weight scheme, or `"widened"` (16 bits beside float32); only the estimate of
+            memory depends on it.
         profiles: at least one.
     """
 

@@ -2,8 +2,7 @@
 
 Per layer: the joined projection's `Split → q, k, v`, Reshapes, two rotary embeddings, two `ScatterND` into the slots, and
 `Softmax(q·Kᵀ·scale + mask)·V`, some twenty nodes. What is taken for granted holds in a decode step without sliding windows: the slots are
-filled in order and every filled one is seen. Both halves of a cosine or sine are taken to be equal, as they are for a token whose rotary
-axes agree, which a generated token's do.
+filled in order and every filled one is seen, and both halves of a cosine or sine are equal.
 """
 
 from __future__ import annotations
@@ -56,7 +55,8 @@ class DecodeAttention:
     """What one layer's attention reads.
 
     Attributes:
-        softmax: of the scores.
+        mask: the Add of what hides slots to the scores, which are its input `scores`.
+        scores: 0 or 1.
         end: the Reshape to `[1, 1, h·d]` that returns it.
         split: makes query, key and value of `packed`.
         packed: `[1, 1, (h + 2g)·d]`, the joined projection.
@@ -65,7 +65,8 @@ class DecodeAttention:
         scale: of the scores.
     """
 
-    softmax: ir.Node
+    mask: ir.Node
+    scores: int
     end: ir.Node
     split: ir.Node
     packed: ir.Value
@@ -142,10 +143,11 @@ def decode_attention(softmax: ir.Node) -> DecodeAttention | None:
     """What a Softmax is the heart of: the attention of one sequence's one token, in float32; None where it is something else."""
     if softmax.op_type != "Softmax":
         return None
-    total = made_by(softmax.inputs[0], "Add")
-    scores = next((n for v in total.inputs if (n := made_by(v, "MatMul")) is not None), None) if total is not None else None
-    mixed = _only_reader(softmax.outputs[0])
-    if scores is None or mixed is None or mixed.op_type != "MatMul":
+    total, mixed = made_by(softmax.inputs[0], "Add"), _only_reader(softmax.outputs[0])
+    place, scores = (
+        next(((i, n) for i, v in enumerate(total.inputs) if (n := made_by(v, "MatMul")) is not None), (0, None)) if total else (0, None)
+    )
+    if total is None or scores is None or mixed is None or mixed.op_type != "MatMul":
         return None
     turned, end = made_by(scores.inputs[1], "Transpose"), _only_reader(mixed.outputs[0])
     key = _filled(turned.inputs[0]) if turned is not None and turned.attributes.get_ints("perm", []) == (0, 1, 3, 2) else None
@@ -162,7 +164,7 @@ def decode_attention(softmax: ir.Node) -> DecodeAttention | None:
     if split is None or list(split.outputs) != parts or split.inputs[0] is None or split.inputs[0].dtype is not ir.DataType.FLOAT:
         return None
     rotation, scale = query
-    found = DecodeAttention(softmax, end, split, split.inputs[0], key, value, rotation, other, scale)
+    found = DecodeAttention(total, place, end, split, split.inputs[0], key, value, rotation, other, scale)
     return found if _fits(found) else None
 
 

@@ -106,8 +106,8 @@ def finish(model: ir.Model, *, static: bool = True, visual: int | None = None) -
     Args:
         model: weight schemes applied.
         static: every shape is a number; the blocks of the engine builder stay symbolic.
-        visual: the graph takes one token behind a prompt with so many visual ones, no layer has a window, and onnxruntime runs it: use its
-            operators for attention.
+        visual: the graph takes one token in a conversation of up to so many visual ones, no layer has a window, and onnxruntime runs it:
+            use its operators for attention.
 
     Raises:
         ExportError: a shape stays open or an operator is not allowed.

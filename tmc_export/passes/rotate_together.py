@@ -5,12 +5,13 @@ Before, per layer: what `_decode_attention` finds. After: `Split → [q k], v`, 
 
 For attention that `fuse_decode_attention` would make slower. `GroupQueryAttention` multiplies every query head by itself with the keys that
 are filled; here the query heads of a KV head are rows of one product with all slots. So this form is for many heads that share a key
-(`LEAST_SHARING`), in slots that the pictures of a prompt fill for the most part (`LEAST_FILLED`); `benchmarks/decode_attention.py` has both
-forms beside each other.
+(`LEAST_SHARING`), in slots that pictures fill for the most part (`LEAST_FILLED`); `benchmarks/decode_attention.py`, where both numbers come
+from, has both forms beside each other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -26,18 +27,21 @@ _DOMAIN, _OPERATOR = "com.microsoft", "RotaryEmbedding"
 ROTATED = f"{_DOMAIN}::{_OPERATOR}"
 """The operator that this pass puts in."""
 
-LEAST_SHARING = 5
+_HIDDEN = -3.0e4
+"""Added to the scores of slots that hold nothing, as in all other graphs (`surgery.attention.MASKED`)."""
+
+LEAST_SHARING = 6
 """Query heads per KV head."""
 
-LEAST_FILLED = Fraction(3, 5)
-"""Of the slots, by visual tokens: text may be short, and then most of the products is wasted."""
+LEAST_FILLED = Fraction(2, 3)
+"""Of the slots, by the visual tokens of a conversation with all its pictures: with few of them most of the products is wasted."""
 
 
 class RotateTogetherPass(ir.passes.InPlacePass):
     """Rewrite the attention of every layer for which it is the faster form; of one sequence, in float32, slots without codes.
 
     Args:
-        visual: visual tokens of a prompt.
+        visual: visual tokens of a conversation with all its pictures.
         sharing: query heads per KV head from which it is taken to be faster.
         filled: share of the slots that they must fill for it.
     """
@@ -50,49 +54,50 @@ class RotateTogetherPass(ir.passes.InPlacePass):
         """Rewrite the graph; `modified` says whether any attention was rewritten."""
         found = [a for node in model.graph if (a := decode_attention(node)) is not None and self._pays(a)]
         factors, masks = Factors(model.graph), dict[int, ir.Value]()
-        rewritten = [_rotate(model.graph, attention, factors, masks) for attention in found]
-        if any(rewritten):
+        for attention in found:
+            _rotate(model.graph, attention, factors, masks)
+        if found:
             model.opset_imports[_DOMAIN] = 1
-        return ir.passes.PassResult(model, any(rewritten))
+        return ir.passes.PassResult(model, bool(found))
 
     def _pays(self, found: DecodeAttention) -> bool:
         _, heads, slots, _ = found.slots
-        return found.key.scales is None and found.heads >= self.sharing * heads and self.visual >= self.filled * slots
+        return (
+            found.key.scales is None
+            and _free(found) is not None
+            and found.heads >= self.sharing * heads
+            and self.visual >= self.filled * slots
+        )
 
 
-def _rotate(graph: ir.Graph, found: DecodeAttention, factors: Factors, masks: dict[int, ir.Value]) -> bool:
-    mask, free = made_by(found.softmax.inputs[0], "Add"), _free(found)
-    scores = next((place for place in (0, 1) if mask is not None and made_by(mask.inputs[place], "MatMul") is not None), None)
-    if mask is None or free is None or scores is None:
-        return False
+def _rotate(graph: ir.Graph, found: DecodeAttention, factors: Factors, masks: dict[int, ir.Value]) -> None:
     _, heads, slots, width = found.slots
     both, query, key = (found.heads + heads) * width, found.heads * width, heads * width
     widen_bias(graph, found.packed)
-    joined, value = _split(graph, found.split, found.packed, (both, key))
+    joined, value = _split(graph, found.split, found.packed, {"joined": both, "value": key})
     rows = [factors.row(factor).outputs[0] for factor in found.factors]
     here = constant(graph, "rotary.row", [[0]])
     turned = ir.node(
         _OPERATOR, [joined, here, *rows], attributes={"num_heads": found.heads + heads, "interleaved": 0}, domain=_DOMAIN
     )  # fmt: skip
     _place(graph, found.split, turned, (1, 1, both), f"{found.packed.name}.rotated")
-    parts = _split(graph, found.split, turned.outputs[0], (query, key))
+    parts = _split(graph, found.split, turned.outputs[0], {"query": query, "key": key})
     for rotation, part, count in ((found.rotation, parts[0], found.heads), (found.key_rotation, parts[1], heads)):
         replace(graph, rotation.end, reshape(graph, rotation.end, part, (1, count, 1, width), "turned"))
-    for use in found.split.outputs[2].uses():
-        use.node.replace_input_with(use.idx, value)
+    found.split.outputs[2].replace_all_uses_with(value)
     if slots not in masks:
-        masks[slots] = _seen(graph, found.split, free, slots)
-    mask.replace_input_with(1 - scores, masks[slots])
-    return True
+        masks[slots] = _seen(graph, found, slots)
+    found.mask.replace_input_with(1 - found.scores, masks[slots])
 
 
-def _split(graph: ir.Graph, before: ir.Node, value: ir.Value, parts: tuple[int, int]) -> tuple[ir.Value, ir.Value]:
-    sizes_ = constant(graph, f"split_{parts[0]}_{parts[1]}", parts)
-    node = ir.node("Split", [value, sizes_], attributes={"axis": -1}, num_outputs=2)
+def _split(graph: ir.Graph, before: ir.Node, value: ir.Value, parts: dict[str, int]) -> Sequence[ir.Value]:
+    """Put a Split of the last axis before a node; parts by what they are."""
+    widths = constant(graph, f"split_{'_'.join(map(str, parts.values()))}", list(parts.values()))
+    node = ir.node("Split", [value, widths], attributes={"axis": -1}, num_outputs=len(parts))
     graph.insert_before(before, node)
-    for out, part in zip(node.outputs, parts, strict=True):
-        out.name, out.shape, out.type = f"{value.name}.{part}", ir.Shape((1, 1, part)), ir.TensorType(ir.DataType.FLOAT)
-    return node.outputs[0], node.outputs[1]
+    for out, (name, width) in zip(node.outputs, parts.items(), strict=True):
+        out.name, out.shape, out.type = f"{value.name}.{name}", ir.Shape((1, 1, width)), ir.TensorType(ir.DataType.FLOAT)
+    return node.outputs
 
 
 def _place(graph: ir.Graph, before: ir.Node, node: ir.Node, shape: tuple[int, ...], name: str, dtype: ir.DataType | None = None) -> None:
@@ -109,13 +114,12 @@ def _free(found: DecodeAttention) -> ir.Value | None:
     return column if sizes(column) == (1, 1, 1, 1) else None
 
 
-def _seen(graph: ir.Graph, before: ir.Node, free: ir.Value, slots: int) -> ir.Value:
-    """float `[1, 1, 1, C]`: 0 up to the first free slot, which the token itself fills, the least float behind it."""
+def _seen(graph: ir.Graph, found: DecodeAttention, slots: int) -> ir.Value:
+    """float `[1, 1, 1, C]`: 0 up to the first free slot, which the token itself fills, `_HIDDEN` behind it."""
     name = f"slots.seen_{slots}"
-    places = constant(graph, f"slots.places_{slots}", np.arange(slots)[None, None, None])
-    up_to = ir.node("LessOrEqual", [places, free])
-    _place(graph, before, up_to, (1, 1, 1, slots), f"{name}.flags", ir.DataType.BOOL)
-    ends = [constant(graph, f"seen.{word}", number, np.float32) for word, number in (("yes", 0), ("no", np.finfo(np.float32).min))]
+    up_to = ir.node("LessOrEqual", [constant(graph, f"slots.places_{slots}", np.arange(slots)[None, None, None]), _free(found)])
+    _place(graph, found.split, up_to, (1, 1, 1, slots), f"{name}.flags", ir.DataType.BOOL)
+    ends = [constant(graph, f"seen.{word}", number, np.float32) for word, number in (("yes", 0), ("no", _HIDDEN))]
     node = ir.node("Where", [up_to.outputs[0], *ends])
-    _place(graph, before, node, (1, 1, 1, slots), name)
+    _place(graph, found.split, node, (1, 1, 1, slots), name)
     return node.outputs[0]

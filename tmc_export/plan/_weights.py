@@ -9,7 +9,7 @@ that it declares, once per recipe entry, with its first stage.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from tmc_export.core.facts import DecoderFacts, ModelFacts
@@ -19,7 +19,7 @@ from tmc_export.plan.types import BlockPlan, Plan, StagePlan, TowerPlan
 __all__ = [
     "LINEARS", "WIDTHS", "WeightBytes", "block_bytes", "cut_bytes", "decoder_linears", "embed_bytes", "encoder_weights", "head_bytes",
     "layer_bytes", "learned_bytes", "looks_ahead", "patch_kernel", "projector_weights", "projector_widths", "tower_bytes", "vision_bytes",
-    "weight_bytes",
+    "weight_bytes", "widened",
 ]  # fmt: skip
 
 WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -60,6 +60,18 @@ class WeightBytes:
     def total(self) -> int:
         """All parts, the token table once."""
         return self.encoder + self.projector + self.embed + self.decoder + self.head + self.cuts + self.methods + self.towers
+
+
+def widened(plan: Plan) -> Plan:
+    """The plan with weights as a runtime holds them: 16 bits beside float32 are widened as an engine is built, or a session loads.
+
+    TensorRT-RTX stores them as float32 (`benchmarks/engine_matrix.py`), onnxruntime computes their Cast at load, but for `memory_tight`;
+    of TensorRT on a board the same is assumed.
+    """
+    if plan.dtype != "float32":
+        return plan
+    kept = {part: s for part, s in plan.quantize.items() if part == "kv" or s.weights not in ("fp16", "bf16")}
+    return replace(plan, quantize=kept)
 
 
 def encoder_weights(facts: ModelFacts) -> int:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from tmc_export.core.errors import LegalityError
-from tmc_export.plan._weights import block_bytes, cut_bytes, tower_bytes, vision_bytes
+from tmc_export.plan._weights import block_bytes, cut_bytes, tower_bytes, vision_bytes, widened
 from tmc_export.plan.memory import GIB, Room, brought, codes_of, gib, room_of
 from tmc_export.plan.types import BlockPlan, Plan
 from tmc_export.recipe import Device, Recipe
@@ -56,6 +56,7 @@ def peak_of_build(weights: int, codes: str | None) -> int:
 
 def build_memory(plan: Plan) -> tuple[BuildMemory, ...]:
     """The build of each engine; engines are built one after the other, each in a process of its own."""
+    plan = widened(plan)
     found: list[tuple[str, int, str | None]] = [(f"text_tower_{t.index}", tower_bytes(plan, t), None) for t in plan.towers]
     found += [(f"vision_{v.index}", vision_bytes(plan), codes_of(plan, "encoder")) for v in plan.vision]
     for block in plan.blocks:
@@ -120,7 +121,7 @@ def even_splits(plan: Plan, recipe: Recipe, builder: Builder) -> tuple[int, ...]
 
 
 def _splits_of(plan: Plan, block: BlockPlan, builder: Builder, place: str) -> Sequence[int]:
-    codes = codes_of(plan, "decoder")
+    codes, plan = codes_of(plan, "decoder"), widened(plan)
     layers = block.last - block.first
     for parts in range(1, layers + 1):
         edges = [block.first + (layers * i) // parts for i in range(parts + 1)]

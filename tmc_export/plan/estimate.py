@@ -24,7 +24,7 @@ from tmc_export.plan._flops import (
     vision_tokens,
 )
 from tmc_export.plan._launches import Launch, decode_launches, kv_bytes, prompt_launches, vision_launch
-from tmc_export.plan._weights import WeightBytes, weight_bytes
+from tmc_export.plan._weights import WeightBytes, weight_bytes, widened
 from tmc_export.plan.types import BlockPlan, Plan
 from tmc_export.recipe import Device
 
@@ -137,8 +137,9 @@ def estimate(plan: Plan, clock: Clock, runtime: str) -> Estimate:
         clock: the device's figures.
         runtime: TensorRT engines take `decode_width` tokens at once, onnxruntime one.
     """
-    prompt = prompt_launches(plan)
-    token = decode_launches(plan, width_of(plan, runtime))
+    held = widened(plan)
+    prompt = prompt_launches(held)
+    token = decode_launches(held, width_of(plan, runtime))
     first, each = clock.seconds(prompt), clock.seconds(token)
     blocks = tuple(x.flops for x in prompt if x.name.startswith("block_"))
     d = plan.facts.decoder
@@ -179,7 +180,8 @@ def width_of(plan: Plan, runtime: str) -> int:
 
 def shares_of(plan: Plan, clock: Clock, runtime: str, sites: Iterable[tuple[int, Site]] = ()) -> Amdahl:
     """Return the shares of an uncompressed plan's answer, and the limit at each site (entry index, site)."""
-    prompt, token = prompt_launches(plan), decode_launches(plan, width_of(plan, runtime))
+    held = widened(plan)
+    prompt, token = prompt_launches(held), decode_launches(held, width_of(plan, runtime))
     encoder = clock.effort(x for x in prompt if x.part == "encoder")
     prefill = clock.effort(x for x in prompt if x.part == "prefill")
     decode = (plan.new_tokens - 1) * clock.effort(token)
@@ -191,7 +193,7 @@ def shares_of(plan: Plan, clock: Clock, runtime: str, sites: Iterable[tuple[int,
 
 def limit_at(plan: Plan, site: Site, clock: Clock, runtime: str) -> tuple[float, float]:
     """How many times faster first token and answer become when all visual tokens of an uncompressed plan vanish at `site`, at no cost."""
-    width, later = width_of(plan, runtime), plan.new_tokens - 1
+    plan, width, later = widened(plan), width_of(plan, runtime), plan.new_tokens - 1
     gone = _emptied(plan, site)
     seeing = () if gone.images == 0 else tuple(_emptied_vision(plan, site))
     rest = tuple(x for x in prompt_launches(gone) if x.part != "encoder")

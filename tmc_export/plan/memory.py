@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from tmc_export.core.errors import LegalityError
 from tmc_export.plan._flops import vision_tokens
 from tmc_export.plan._launches import kv_bytes
-from tmc_export.plan._weights import WIDTHS, block_bytes, cut_bytes, decoder_linears, embed_bytes, tower_bytes, vision_bytes
+from tmc_export.plan._weights import WIDTHS, block_bytes, cut_bytes, decoder_linears, embed_bytes, tower_bytes, vision_bytes, widened
 from tmc_export.plan.rows import ROW_BLOCK, handed_rows
 from tmc_export.plan.types import BlockPlan, CutPlan, Plan, TowerPlan, VisionPlan
 from tmc_export.recipe import Device, Recipe
@@ -106,9 +106,11 @@ def room_of(device: Device, runtime: str) -> Room | None:
 # ------------------------------------------------------------------------------------------------------------- running
 def run_memory(plan: Plan, runtime: str, memory_tight: bool = False) -> RunMemory:
     """Reckon what a loaded bundle takes when every graph has run once."""
-    ort = runtime == "onnxruntime"
-    copies = (1 if memory_tight else 3) if ort else (2 if plan.decode_width == 1 else 1)
+    ort, table = runtime == "onnxruntime", embed_bytes(plan)  # of the token table rows are widened
     tight = ort and memory_tight
+    copies = (1 if tight else 3) if ort else (2 if plan.decode_width == 1 else 1)
+    if not tight:
+        plan = widened(plan)
     unpacked = 2 if ort and plan.dtype != "float32" and not tight else 1  # the CPU provider computes float16 in float32
     blocks = sum(_packed(plan, block, unpacked) for block in plan.blocks)
     others = len(plan.vision) * vision_bytes(plan) + sum(cut_bytes(plan, i) for i in range(len(plan.cuts)))
@@ -122,7 +124,7 @@ def run_memory(plan: Plan, runtime: str, memory_tight: bool = False) -> RunMemor
         ]
         acts += sum(phases) if ort and not tight else max(phases)
     blocks += sum(_sums(plan, block, tight) for block in plan.blocks) if ort else 0
-    weights = copies * blocks + unpacked * others + (_widened(plan) if tight else embed_bytes(plan))
+    weights = copies * blocks + unpacked * others + (_widened(plan) if tight else table)
     return RunMemory(weights, sum(kv_bytes(plan, b) for b in plan.blocks), plan.batch * acts, copies)
 
 
