@@ -141,7 +141,7 @@ class Session:
 def compare(heads: tuple[int, int, int], slots: int, rounds: int, layers: int, threads: int) -> list[dict[str, Any]]:
     """Time both forms at every share of filled slots."""
     sessions = [Session(standard(heads, slots, layers), threads)]
-    for rewrite in (FuseDecodeAttentionPass(), RotateTogetherPass(slots, sharing=1)):
+    for rewrite in (FuseDecodeAttentionPass(), RotateTogetherPass(slots, sharing=1, slots=1)):
         model = standard(heads, slots, layers)
         if not rewrite(model).modified:
             raise SystemExit(f"{type(rewrite).__name__} left the graph as it was")

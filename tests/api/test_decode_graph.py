@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import numpy as np
 import onnx
@@ -15,6 +17,7 @@ from tests.families._small import DecoderName, save_small_llava
 from tmc_export.api import build
 from tmc_export.bundle.program import Program
 from tmc_export.bundle.read import open_manifest
+from tmc_export.passes import rotate_together
 from tmc_export.runtime._backend import BackendOptions, Graph, open_backend
 from tmc_export.runtime._decoder import Decoder
 from tmc_export.runtime._onnxruntime import OnnxRuntimeBackend
@@ -29,6 +32,13 @@ SHARING: dict[str, dict[str, int]] = {FUSED: {}, ROTATED: {"hidden": 192, "heads
 """Operator → a decoder that gets it: 2 and 6 query heads per KV head, 36 visual tokens in 54 slots."""
 PICTURE = TEXT_ONLY.replace("images: 0, text_tokens: 32, new_tokens: 16", "images: 1, text_tokens: 9, new_tokens: 9")
 ELSEWHERE = PICTURE.replace("{device: cpu, runtime: onnxruntime}", "{device: rtx-4090, runtime: tensorrt-rtx}")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_slots() -> Iterator[None]:
+    """Small models have too few slots for the products to pay."""
+    with patch.object(rotate_together, "LEAST_SLOTS", 54):
+        yield
 
 
 def built(folder: Path, text: str = PICTURE, decoder: DecoderName = "qwen2", **options: Any) -> Path:
@@ -93,6 +103,8 @@ def test_products_are_only_for_heads_that_share_and_slots_that_pictures_fill(tmp
     """A slot more, or a query head less per key, and onnxruntime's one operator is in its place."""
     fewer = PICTURE.replace("new_tokens: 9", "new_tokens: 10")
     assert fewer != PICTURE and operators(built(tmp_path / "fewer", fewer, **SHARING[ROTATED])).count(FUSED) == 2
+    with patch.object(rotate_together, "LEAST_SLOTS", 55):
+        assert operators(built(tmp_path / "slots", **SHARING[ROTATED])).count(FUSED) == 2
     assert operators(built(tmp_path / "five", hidden=160, heads=10)).count(FUSED) == 2
 
 
