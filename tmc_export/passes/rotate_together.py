@@ -5,8 +5,8 @@ Before, per layer: what `_decode_attention` finds. After: `Split → [q k], v`, 
 
 For attention that `fuse_decode_attention` would make slower. `GroupQueryAttention` multiplies every query head by itself with the keys that
 are filled; here the query heads of a KV head are rows of one product with all slots. So this form is for many heads that share a key
-(`LEAST_SHARING`), in slots that pictures fill for the most part (`LEAST_FILLED`); `benchmarks/decode_attention.py`, where both numbers come
-from, has both forms beside each other.
+(`LEAST_SHARING`), in many slots (`LEAST_SLOTS`) that pictures fill for the most part (`LEAST_FILLED`). `benchmarks/decode_attention.py` has
+both forms beside each other.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LEAST_SHARING = 6
 """Query heads per KV head."""
 
 LEAST_SLOTS = 1024
-"""Below, its dozen nodes more cost what its products save: a whole step of a 0.36B decoder gains nothing at 704 slots, a tenth at 2048."""
+"""Below, starting a dozen nodes more costs what the products save, in a whole step, whose weights leave nothing in the cache."""
 
 LEAST_FILLED = Fraction(2, 3)
 """Of the slots, by the visual tokens of a conversation with all its pictures: with few of them most of the products is wasted."""
