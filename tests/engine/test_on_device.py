@@ -209,6 +209,19 @@ def test_int4_on_jetpack_6_is_warned_of(bundle: Path, graphs) -> None:
     assert "vision_0: opset 21 is above 20" in warning
 
 
+def test_weights_that_are_widened_need_twice_the_disk(bundle: Path) -> None:
+    def disk() -> int:
+        script = write_on_device_script(bundle, ORIN)[0].read_text()
+        return int(next(line for line in script.splitlines() if line.startswith("build block_0 ")).split()[4])
+
+    before, file = disk(), bundle / "engines/profiles.json"
+    told = json.loads(file.read_text())
+    next(s for s in told["subgraphs"] if s["name"] == "block_0")["precision"] = "widened"
+    file.write_text(json.dumps(told))
+    spare = 16 * 1024  # KiB, whatever the weights
+    assert disk() - spare == pytest.approx(2 * (before - spare), abs=2)
+
+
 def test_profiles_of_the_rewritten_graph_stay(bundle: Path) -> None:
     before = json.loads((bundle / "engines/profiles.json").read_text())
     write_on_device_script(bundle, ORIN)

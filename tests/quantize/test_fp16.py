@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -68,6 +69,19 @@ def test_it_is_half_the_size_and_inputs_stay_float32(half: Path, plain: Path) ->
     for name, graph in graphs(half).items():
         values = [*graph.graph.inputs, *graph.graph.outputs]
         assert not any(v.dtype == ir.DataType.FLOAT16 for v in values), name
+
+
+def test_the_engine_room_is_told_that_they_are_widened(half: Path, plain: Path) -> None:
+    """Compress graphs and the twin hold float32."""
+    told = [
+        {s["name"]: s["precision"] for s in json.loads((b / "engines/profiles.json").read_text("utf-8"))["subgraphs"]}
+        for b in (half, plain)
+    ]
+    assert told[0].keys() == told[1].keys() and set(told[1].values()) == {"float32"}
+    assert {name: kind for name, kind in told[0].items() if not name.startswith("compress")} == {
+        name: "widened" for name in told[0] if not name.startswith("compress")
+    }
+    assert {kind for name, kind in told[0].items() if name.startswith("compress")} == {"float32"}
 
 
 def test_it_answers_as_float32_does_within_float16(half: Path, plain: Path) -> None:

@@ -301,9 +301,9 @@ class Exporter:
     def _precision(self, part: str) -> str:
         """How a part's weights are stored, for the engine builder's estimate of memory."""
         scheme = self.plan.quantize.get(part)
-        if scheme is not None and scheme.weights in ("fp16", "bf16") and self.plan.dtype == "float32":
-            return "widened"
-        return scheme.weights if scheme is not None and scheme.weights not in ("fp16", "bf16") else self.plan.dtype
+        if scheme is None or scheme.weights not in ("fp16", "bf16"):
+            return self.plan.dtype if scheme is None else scheme.weights
+        return "widened" if self.plan.dtype == "float32" else self.plan.dtype
 
     def cut(self, plan: CutPlan) -> CutProgram:
         """The compress graph of a cut; graphs are made in the order they run, because states are known once their graph was traced."""

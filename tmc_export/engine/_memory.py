@@ -8,8 +8,8 @@ from tmc_export.core.errors import BundleError, ResourceError
 
 __all__ = ["available_bytes", "check_memory", "estimate_bytes", "gib", "peak_rss_bytes"]
 
-_FACTOR = {"int4": 3.0, "nvfp4": 3.0, "widened": 2 * 2.4}
 _FACTOR_ELSE = 2.4
+_FACTOR = {"int4": 3.0, "nvfp4": 3.0, "widened": 2 * _FACTOR_ELSE}
 _BASE = 768 * 2**20
 """Measured peaks (see docs/adr/0005): 3.3 GiB for 0.94 of fp16 weights, 8.2 for 2.88, 14.1 for 5.75; int4 12.8 for 4.07."""
 

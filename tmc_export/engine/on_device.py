@@ -153,8 +153,8 @@ def write_on_device_script(bundle_dir: Path, device: DeviceTarget) -> tuple[Path
         warnings += check_graph(subgraph.name, facts, row)
         files = weight_files(graph, facts)
         weights = sum(path.stat().st_size for path in files) + facts.bytes
-        twice = 4 if subgraph.precision == "widened" else 2  # a width of 1 may store weights twice
-        costs[subgraph.name] = _Cost(estimate_bytes(facts.bytes, files, subgraph.precision), twice * weights + 16 * 2**20)
+        copies = 4 if subgraph.precision == "widened" else 2  # a width of 1 may store weights twice, and these doubled
+        costs[subgraph.name] = _Cost(estimate_bytes(facts.bytes, files, subgraph.precision), copies * weights + 16 * 2**20)
         calls.append(_call(bundle_dir, subgraph, facts, options, costs[subgraph.name]))
     path = bundle_dir / SCRIPT
     write_whole(path, _filled(HEAD + "".join(calls) + FOOT, device, costs), 0o755)
