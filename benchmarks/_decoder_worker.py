@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks._token_turns import serve
 from tmc_export.bundle.read import open_manifest
 from tmc_export.runtime._backend import open_backend, options_for
 from tmc_export.runtime._decoder import Decoder
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=0)
     parser.add_argument("--accuracy", type=int, default=4)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--serve", action="store_true", help="decode as many tokens as each line of the input says; see `_token_turns.py`")
     parser.add_argument("--tight", action=argparse.BooleanOptionalAction, help="memory_tight; as the bundle says when absent")
     options = parser.parse_args()
     program = open_manifest(options.bundle).program
@@ -53,9 +55,16 @@ def main() -> None:
         if number:
             prefill.append(took)
     logits = trace.logits
+
+    def step() -> None:
+        nonlocal logits
+        logits = decoder.step(int(logits.argmax()))
+
+    if options.serve:
+        serve(step)
     for number in range(min(options.tokens + 2, decoder.room()) if options.tokens else 0):
         began = time.perf_counter()
-        logits = decoder.step(int(logits.argmax()))
+        step()
         if number >= 2:
             token.append((time.perf_counter() - began) * 1e3)
     if "torch" in sys.modules:

@@ -10,11 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import onnxruntime_genai as og
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks._token_turns import serve
 
 
 def main() -> None:
@@ -24,12 +29,13 @@ def main() -> None:
     parser.add_argument("--prefills", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=0)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--serve", action="store_true", help="decode as many tokens as each line of the input says; see `_token_turns.py`")
     options = parser.parse_args()
     config = og.Config(options.folder)
     config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": options.threads}}}}))
     model = og.Model(config)
     ids = np.random.default_rng(0).integers(300, 30000, options.prompt).astype(np.int32)
-    length = options.prompt + max(options.tokens, 1) + 4
+    length = options.prompt + (64 if options.serve else max(options.tokens, 1) + 4)
     prefill: list[float] = []
     token: list[float] = []
     for number in range(options.prefills + 1):
@@ -41,6 +47,8 @@ def main() -> None:
         took = (time.perf_counter() - began) * 1e3
         if number:
             prefill.append(took)
+    if options.serve:
+        serve(generator.generate_next_token)
     for number in range(options.tokens + 2 if options.tokens else 0):
         began = time.perf_counter()
         generator.generate_next_token()

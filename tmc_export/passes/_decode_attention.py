@@ -12,10 +12,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from tmc_export.export.lazy_tensors import KeyedTensor, key_of
 from tmc_export.passes._rewrite import constant, made_by, sizes
 
-__all__ = ["DecodeAttention", "Factors", "Filled", "Rotation", "decode_attention", "widen_bias"]
+__all__ = ["DecodeAttention", "Factors", "Filled", "Rotation", "decode_attention"]
 
 
 @dataclass(frozen=True)
@@ -229,19 +228,3 @@ class Factors:
         else:
             self.graph.insert_after(after, node)
         return node
-
-
-def widen_bias(graph: ir.Graph, packed: ir.Value) -> None:
-    """Give the projection's bias the rank of what it is added to: one of rank 1 makes onnxruntime flatten the product and shape it back."""
-    total = made_by(packed, "Add")
-    bias = total.inputs[1] if total is not None else None
-    if total is None or bias is None or bias.const_value is None or len(sizes(bias) or ()) != 1:
-        return
-    wide, name = (1, 1, *(sizes(bias) or ())), f"{bias.name}.wide"
-    source = bias.const_value
-    key, dtype = key_of(source), source.dtype  # the key of the bias: the other phases read the same bytes
-    tensor = KeyedTensor(key, lambda: ir.Tensor(source.numpy().reshape(wide), dtype=dtype, name=name), dtype, wide, name)
-    graph.initializers[name] = ir.Value(name=name, shape=ir.Shape(wide), type=ir.TensorType(tensor.dtype), const_value=tensor)
-    total.replace_input_with(1, graph.initializers[name])
-    if not bias.uses():
-        del graph.initializers[bias.name or ""]

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes
 
-from tmc_export.passes._decode_attention import DecodeAttention, Factors, decode_attention, widen_bias
+from tmc_export.passes._decode_attention import DecodeAttention, Factors, decode_attention
 from tmc_export.passes._rewrite import constant, replace, sizes
 
 __all__ = ["FUSED", "FuseDecodeAttentionPass"]
@@ -79,7 +79,6 @@ def _fuse(graph: ir.Graph, found: DecodeAttention, tables: _Tables) -> None:
         num_outputs=3,
     )  # fmt: skip
     graph.insert_before(found.end, node)
-    widen_bias(graph, found.packed)
     for out, old in zip(node.outputs, (found.end.outputs[0], found.key.node.outputs[0], found.value.node.outputs[0]), strict=True):
         out.name, out.shape, out.type = f"{old.name}.fused", old.shape, old.type
     replace(graph, found.end, node.outputs[0])

@@ -1,7 +1,7 @@
 """Query and key of a decode step rotated by onnxruntime's one operator for it, the products left as they are.
 
-Before, per layer: what `_decode_attention` finds. After: `Split → [q k], v`, one `com.microsoft::RotaryEmbedding` of all heads of both,
-`Split → q, k`, and the mask made of the first free slot alone.
+Before, per layer: what `_decode_attention` finds. After: the heads `[1, h + 2g, 1, d]`, `Split → [q k], v`, one
+`com.microsoft::RotaryEmbedding` of all heads of both, `Split → q, k`, and the mask made of the first free slot alone.
 
 For attention that `fuse_decode_attention` would make slower. `GroupQueryAttention` multiplies every query head by itself with the keys that
 are filled; here the query heads of a KV head are rows of one product with all slots. So this form is for many heads that share a key
@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes
 
-from tmc_export.passes._decode_attention import DecodeAttention, Factors, decode_attention, widen_bias
+from tmc_export.passes._decode_attention import DecodeAttention, Factors, decode_attention
 from tmc_export.passes._rewrite import constant, made_by, replace, reshape, sizes
 
 __all__ = ["ROTATED", "RotateTogetherPass"]
@@ -77,31 +77,29 @@ class RotateTogetherPass(ir.passes.InPlacePass):
 
 def _rotate(graph: ir.Graph, found: DecodeAttention, factors: Factors, masks: dict[int, ir.Value]) -> None:
     _, heads, slots, width = found.slots
-    both, query, key = (found.heads + heads) * width, found.heads * width, heads * width
-    widen_bias(graph, found.packed)
-    joined, value = _split(graph, found.split, found.packed, {"joined": both, "value": key})
+    packed = reshape(graph, found.split, found.packed, (1, found.heads + 2 * heads, 1, width), "heads")
+    joined, value = _split(graph, found.split, packed, {"joined": found.heads + heads, "value": heads})
     rows = [factors.row(factor).outputs[0] for factor in found.factors]
     here = constant(graph, "rotary.row", [[0]])
-    turned = ir.node(
-        _OPERATOR, [joined, here, *rows], attributes={"num_heads": found.heads + heads, "interleaved": 0}, domain=_DOMAIN
-    )  # fmt: skip
-    _place(graph, found.split, turned, (1, 1, both), f"{found.packed.name}.rotated")
-    parts = _split(graph, found.split, turned.outputs[0], {"query": query, "key": key})
-    for rotation, part, count in ((found.rotation, parts[0], found.heads), (found.key_rotation, parts[1], heads)):
-        replace(graph, rotation.end, reshape(graph, rotation.end, part, (1, count, 1, width), "turned"))
-    found.split.outputs[2].replace_all_uses_with(value)
+    turned = ir.node(_OPERATOR, [joined, here, *rows], attributes={"interleaved": 0}, domain=_DOMAIN)
+    _place(graph, found.split, turned, sizes(joined) or (), f"{found.packed.name}.rotated")
+    query, key = _split(graph, found.split, turned.outputs[0], {"query": found.heads, "key": heads})
+    for node, part in ((found.rotation.end, query), (found.key_rotation.end, key), (made_by(found.value.new, "Reshape"), value)):
+        if node is not None:
+            replace(graph, node, part)
     if slots not in masks:
         masks[slots] = _seen(graph, found, slots)
     found.mask.replace_input_with(1 - found.scores, masks[slots])
 
 
 def _split(graph: ir.Graph, before: ir.Node, value: ir.Value, parts: dict[str, int]) -> Sequence[ir.Value]:
-    """Put a Split of the last axis before a node; parts by what they are."""
-    widths = constant(graph, f"split_{'_'.join(map(str, parts.values()))}", list(parts.values()))
-    node = ir.node("Split", [value, widths], attributes={"axis": -1}, num_outputs=len(parts))
+    """Put a Split of the heads `[1, h, 1, d]` before a node; parts by what they are."""
+    counts = constant(graph, f"split_{'_'.join(map(str, parts.values()))}", list(parts.values()))
+    node = ir.node("Split", [value, counts], attributes={"axis": 1}, num_outputs=len(parts))
     graph.insert_before(before, node)
-    for out, (name, width) in zip(node.outputs, parts.items(), strict=True):
-        out.name, out.shape, out.type = f"{value.name}.{name}", ir.Shape((1, 1, width)), ir.TensorType(ir.DataType.FLOAT)
+    _, _, one, width = sizes(value) or (1, 1, 1, 1)
+    for out, (name, count) in zip(node.outputs, parts.items(), strict=True):
+        out.name, out.shape, out.type = f"{value.name}.{name}", ir.Shape((1, count, one, width)), ir.TensorType(ir.DataType.FLOAT)
     return node.outputs
 
 

@@ -150,7 +150,7 @@ class BackendOptions:
             is mapped once for all sessions, and each run turns float16 into float32, one weight at a time; of graphs with codes, those of
             one phase are loaded at a time. int8 codes get a scale per 128 of them instead of per 32, and so do activations at accuracy 4.
             Nothing is kept between runs. With glibc, freed blocks of `_malloc.LARGE` and more leave the process.
-        phases: files of graphs of the decoder and the token table → their phase; read under `memory_tight`.
+        phases: files of graphs of the decoder and the token table → their phase.
         spin: files of graphs whose threads wait for the next run awake. Faster where one graph follows itself, as decode steps of a single
             block do; a graph that others follow would take the cores from them for a while.
         host: files of graphs that run on the CPU with every backend: the token table.

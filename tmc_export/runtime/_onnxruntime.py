@@ -197,6 +197,9 @@ class OnnxRuntimeBackend(HostMemory):
             options.log_severity_level = 3
             if file not in self._options.spin:
                 options.add_session_config_entry("session.force_spinning_stop", "1")
+            if self._options.phases.get(file) == "decode":
+                # A product and its bias as Gemm, for which one row is flattened and shaped back; of int4 weights the bias joins the product
+                options.add_session_config_entry("optimization.disable_specified_optimizers", "MatMulAddFusion")
             if self._options.threads is not None:
                 options.intra_op_num_threads = self._options.threads
             options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(self._options.int4_accuracy))
