@@ -58,7 +58,7 @@ def main() -> None:
 
     def step() -> None:
         nonlocal logits
-        logits = decoder.step(int(logits.argmax()))
+        logits = decoder.step(int(logits.argmax()), keep=False)
 
     if options.serve:
         serve(step)

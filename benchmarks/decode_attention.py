@@ -2,7 +2,7 @@
 
     python benchmarks/decode_attention.py [--rounds 24] [--layers 12] [--threads 2]
 
-Graphs of attention alone, float32, in both forms that `tmc_export/passes` writes (`fuse_decode_attention`, `rotate_together`), both from
+Graphs of attention alone, float32, in both forms that `tmc_export/passes` writes (`fuse_decode_attention`, `attend_by_key`), both from
 the standard form. The sessions take turns in one process, with the same slots' content; a time is of one layer, its row's writing and
 rotation included. Slots are filled to a share, which the operator's work follows and the products' does not. Both must give what the
 standard form gives.
@@ -29,9 +29,9 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks._common import median_interval, save
+from tmc_export.passes.attend_by_key import LEAST_FILLED, LEAST_SHARING, AttendByKeyPass
 from tmc_export.passes.fuse_decode_attention import FuseDecodeAttentionPass
 from tmc_export.passes.merge_reshapes import MergeReshapesPass
-from tmc_export.passes.rotate_together import LEAST_FILLED, LEAST_SHARING, RotateTogetherPass
 
 HEADS = {
     "Qwen2-0.5B": (14, 2, 64),
@@ -141,7 +141,7 @@ class Session:
 def compare(heads: tuple[int, int, int], slots: int, rounds: int, layers: int, threads: int) -> list[dict[str, Any]]:
     """Time both forms at every share of filled slots."""
     sessions = [Session(standard(heads, slots, layers), threads)]
-    for rewrite in (FuseDecodeAttentionPass(), RotateTogetherPass(slots, sharing=1, slots=1)):
+    for rewrite in (FuseDecodeAttentionPass(), AttendByKeyPass(slots, sharing=1, slots=1)):
         model = standard(heads, slots, layers)
         if not rewrite(model).modified:
             raise SystemExit(f"{type(rewrite).__name__} left the graph as it was")

@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 
 from tests._tiny import TEXT_ONLY, write_recipe
@@ -17,8 +18,8 @@ from tests.families._small import DecoderName, save_small_llava
 from tmc_export.api import build
 from tmc_export.bundle.program import Program
 from tmc_export.bundle.read import open_manifest
-from tmc_export.passes import rotate_together
-from tmc_export.runtime._backend import BackendOptions, Graph, open_backend
+from tmc_export.passes import attend_by_key
+from tmc_export.runtime._backend import BackendOptions, Graph, open_backend, options_for
 from tmc_export.runtime._decoder import Decoder
 from tmc_export.runtime._onnxruntime import OnnxRuntimeBackend
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-FUSED, ROTATED, DECODE = "GroupQueryAttention", "RotaryEmbedding", "onnx/block_0_decode.onnx"
+FUSED, ROTATED, SKIPPED, DECODE = "GroupQueryAttention", "RotaryEmbedding", "SkipSimplifiedLayerNormalization", "onnx/block_0_decode.onnx"
 SHARING: dict[str, dict[str, int]] = {FUSED: {}, ROTATED: {"hidden": 192, "heads": 12}}
 """Operator → a decoder that gets it: 2 and 6 query heads per KV head, 36 visual tokens in 54 slots."""
 PICTURE = TEXT_ONLY.replace("images: 0, text_tokens: 32, new_tokens: 16", "images: 1, text_tokens: 9, new_tokens: 9")
@@ -37,7 +38,7 @@ ELSEWHERE = PICTURE.replace("{device: cpu, runtime: onnxruntime}", "{device: rtx
 @pytest.fixture(autouse=True, scope="module")
 def few_slots() -> Iterator[None]:
     """Small models have too few slots for the products to pay."""
-    with patch.object(rotate_together, "LEAST_SLOTS", 54):
+    with patch.object(attend_by_key, "LEAST_SLOTS", 54):
         yield
 
 
@@ -92,18 +93,22 @@ def both(tmp_path_factory: pytest.TempPathFactory, operator: str) -> tuple[Path,
 
 def test_only_the_decode_graph_of_onnxruntime_has_its_operators(both: tuple[Path, Path], operator: str) -> None:
     here, elsewhere = both
-    assert [operators(here).count(own) for own in SHARING] == [2 * (own == operator) for own in SHARING]
-    assert operators(here).count("Softmax") == operators(here).count("ScatterND") // 2 == 2 * (operator == ROTATED)
-    assert not {*SHARING} & {*operators(elsewhere)} and operators(elsewhere).count("Softmax") == 2
+    assert [operators(here).count(one) for one in SHARING] == [2 * (own == operator) for own in SHARING]
+    assert operators(here).count("Attention") == operators(here).count("ScatterND") // 2 == 2 * (operator == ROTATED)
+    assert "Softmax" not in operators(here) and operators(here).count(SKIPPED) == 3 and operators(here).count("Sqrt") == 2
+    own = {*SHARING, SKIPPED, "Attention"}
+    assert not own & {*operators(elsewhere)} and operators(elsewhere).count("Softmax") == 2
     for file in ("onnx/block_0_prefill.onnx", "onnx/block_0_chunk.onnx", "engines/block_0.onnx"):
-        assert not {*SHARING} & {*operators(here, file)}
+        assert not own & {*operators(here, file)}
+    opset = {o.domain: o.version for o in onnx.load(here / DECODE, load_external_data=False).opset_import}[""]
+    assert (opset >= 23) == (operator == ROTATED)
 
 
 def test_products_are_only_for_heads_that_share_and_slots_that_pictures_fill(tmp_path: Path) -> None:
     """A slot more, or a query head less per key, and onnxruntime's one operator is in its place."""
     fewer = PICTURE.replace("new_tokens: 9", "new_tokens: 10")
     assert fewer != PICTURE and operators(built(tmp_path / "fewer", fewer, **SHARING[ROTATED])).count(FUSED) == 2
-    with patch.object(rotate_together, "LEAST_SLOTS", 55):
+    with patch.object(attend_by_key, "LEAST_SLOTS", 55):
         assert operators(built(tmp_path / "slots", **SHARING[ROTATED])).count(FUSED) == 2
     assert operators(built(tmp_path / "five", hidden=160, heads=10)).count(FUSED) == 2
 
@@ -154,6 +159,27 @@ def test_the_decoders_logits_are_not_overwritten(both: tuple[Path, Path]) -> Non
         assert not any(np.shares_memory(a, b) for a, b in itertools.combinations(returned, 2))
     np.testing.assert_array_equal(seen[0], seen[1])
     assert all(np.abs(a - b).max() > 1e-3 for a, b in itertools.combinations(seen[0], 2))
+    passing = [decoder.step(token, keep=False) for token in (3, 4)]
+    assert np.shares_memory(*passing)  # who does not keep them is spared a copy
+
+
+def test_a_bias_joins_its_int4_product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime would make a Gemm of both, between two Reshapes, and older ones would widen its codes in every run."""
+    bundle = built(tmp_path, PICTURE.replace("quantize: {}", "quantize: {decoder: {weights: int4, block: 32}}"))
+    opened, path = ort.InferenceSession, bundle / "onnx/optimized.onnx"
+
+    def dumped(model: str, options: ort.SessionOptions, **more: Any) -> ort.InferenceSession:
+        options.optimized_model_filepath = str(path)
+        return opened(model, options, **more)
+
+    monkeypatch.setattr(ort, "InferenceSession", dumped)
+    program = open_manifest(bundle).program
+    for options, joined in ((options_for(program, 1), True), (BackendOptions(1), False)):
+        open_backend("onnxruntime", bundle, options).graph(DECODE)
+        nodes = list(onnx.load(path, load_external_data=False).graph.node)
+        products = [node for node in nodes if node.op_type == "MatMulNBits"]
+        flattened = sum(node.op_type == "Reshape" for node in nodes)
+        assert len(products) == 10 and (sum(len(node.input) == 6 for node in products) == 2 and flattened < 4) == joined
 
 
 @pytest.mark.parametrize(("decoder", "options"), [("mistral", {"window": 12}), ("qwen3", {})])

@@ -37,6 +37,13 @@ def test_refusals_name_graph_and_reason(text: str, says: str) -> None:
     assert str(caught.value).startswith("block_0: ") and says in str(caught.value)
 
 
+def test_an_optional_output_left_out_has_no_shape() -> None:
+    text = "(float[2, 4] x, float[4] w) => (float[2, 4] y, float[2, 1] s) { y, , s = LayerNormalization(x, w) }"
+    check(text)
+    with pytest.raises(ExportError, match="output of LayerNormalization 'm'"):
+        check(text.replace("y, , s", "y, m, s"))
+
+
 def test_scatter_without_reduction_passes() -> None:
     check("(float[2, 4] x, int64[2, 4] i) => (float[2, 4] y) { y = ScatterElements<axis = 0>(x, i, x) }")
 

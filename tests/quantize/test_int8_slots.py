@@ -26,7 +26,7 @@ from tmc_export.bundle.read import open_manifest  # noqa: E402
 from tmc_export.core.errors import BundleError, ExportError, LegalityError  # noqa: E402
 from tmc_export.passes import pipeline  # noqa: E402
 from tmc_export.passes._decode_attention import decode_attention  # noqa: E402
-from tmc_export.passes.rotate_together import RotateTogetherPass  # noqa: E402
+from tmc_export.passes.attend_by_key import AttendByKeyPass  # noqa: E402
 from tmc_export.runtime._backend import Backend, BackendOptions, Graph, open_backend  # noqa: E402
 from tmc_export.runtime.session import load  # noqa: E402
 from tmc_export.verify.ladder import climb, recorded_ladder  # noqa: E402
@@ -215,11 +215,11 @@ def opened(bundle: Path) -> tuple[Program, Graph]:
 def test_products_are_not_made_of_codes(both: tuple[Path, Path]) -> None:
     """onnxruntime's one operator stays, which multiplies codes; float slots of the same graph are rewritten."""
     model = ir.load(both[1] / "onnx/block_0_decode.onnx")
-    assert not RotateTogetherPass(10**6, sharing=1, slots=1)(model).modified
+    assert not AttendByKeyPass(10**6, sharing=1, slots=1)(model).modified
     assert [a.key.scales is not None for node in model.graph if (a := decode_attention(node)) is not None] == [True] * LAYERS
     for node in [n for n in model.graph if n.op_type in ("QuantizeLinear", "DequantizeLinear")]:
         node.outputs[0].replace_all_uses_with(node.inputs[0])
-    assert RotateTogetherPass(10**6, sharing=1, slots=1)(model).modified
+    assert AttendByKeyPass(10**6, sharing=1, slots=1)(model).modified
 
 
 @pytest.mark.parametrize("filled", [0, 1, 17, 47])

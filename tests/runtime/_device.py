@@ -196,8 +196,8 @@ def listen(session: Session, said: Said) -> None:
         said.logits.append(trace.logits)
         return trace
 
-    def heard_step(token: int) -> Array:
-        logits = step(decoder, token)
+    def heard_step(token: int, *, keep: bool = True) -> Array:
+        logits = step(decoder, token, keep=keep)
         said.logits.append(logits.copy())
         return logits
 

@@ -174,7 +174,7 @@ def test_any_failure_leaves_the_conversation_as_it_was(
             with pytest.raises(RuntimeInputError, match="stop string"):
                 session.turn((), "what is at c3", chat=chat, stop=[""])
             with monkeypatch.context() as patched, pytest.raises(BundleError, match="NaN"):
-                patched.setattr(type(session.decoder), "step", lambda *_: _not_a_number())
+                patched.setattr(type(session.decoder), "step", lambda *_, **__: _not_a_number())
                 session.turn((), "what is at c3", chat=chat)
             with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
                 patched.setattr(Sampler, "pick", _interrupt)

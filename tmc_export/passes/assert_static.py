@@ -53,7 +53,7 @@ class AssertStaticPass(ir.passes.InPlacePass):
                 raise ExportError(
                     f"{self.name}: operator {node.op_type} (node '{node.name}') has no static form in TensorRT; write the method without it"
                 )
-            for value in node.outputs:
+            for value in (v for v in node.outputs if v.name != ""):  # an optional output left out has no name
                 self._check(value, f"output of {node.op_type}")
         return ir.passes.PassResult(model, False)
 

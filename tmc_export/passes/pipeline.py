@@ -12,16 +12,17 @@ from onnxscript import optimizer
 
 from tmc_export.passes.append_in_place import AppendInPlacePass
 from tmc_export.passes.assert_static import AssertStaticPass
+from tmc_export.passes.attend_by_key import ROTATED, AttendByKeyPass
 from tmc_export.passes.divide_by_root import DivideByRootPass
 from tmc_export.passes.drop_empty_inputs import DropEmptyInputsPass
 from tmc_export.passes.drop_outputs import DropOutputsPass
 from tmc_export.passes.fold_weight_transposes import FoldWeightTransposesPass
 from tmc_export.passes.fuse_decode_attention import FUSED, FuseDecodeAttentionPass
+from tmc_export.passes.fuse_skip_norms import SKIPPED, FuseSkipNormsPass
 from tmc_export.passes.group_query_heads import GroupQueryHeadsPass
 from tmc_export.passes.join_projections import JoinProjectionsPass
 from tmc_export.passes.keep_outputs import KeepOutputsPass, output_names
 from tmc_export.passes.merge_reshapes import MergeReshapesPass
-from tmc_export.passes.rotate_together import ROTATED, RotateTogetherPass
 from tmc_export.passes.sign_rotation import SignRotationPass
 from tmc_export.passes.skip_future_keys import SkipFutureKeysPass
 from tmc_export.passes.specialize_sizes import SpecializeSizesPass
@@ -113,9 +114,9 @@ def finish(model: ir.Model, *, static: bool = True, visual: int | None = None) -
         ExportError: a shape stays open or an operator is not allowed.
     """
     names = output_names(model)
-    step = [] if visual is None else [RotateTogetherPass(visual), MergeReshapesPass(), FuseDecodeAttentionPass()]
+    step = [] if visual is None else [AttendByKeyPass(visual), MergeReshapesPass(), FuseDecodeAttentionPass(), FuseSkipNormsPass()]
     ir.passes.Sequential(
         JoinProjectionsPass(), *step, common.RemoveUnusedNodesPass(), common.TopologicalSortPass(), KeepOutputsPass(names)
     )(model)  # fmt: skip
     if static:
-        AssertStaticPass(model.graph.name or "", frozenset({FUSED, ROTATED}) if step else frozenset())(model)
+        AssertStaticPass(model.graph.name or "", frozenset({FUSED, ROTATED, SKIPPED}) if step else frozenset())(model)

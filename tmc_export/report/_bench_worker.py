@@ -107,7 +107,7 @@ def _tokens(session: Session, token: int, count: int) -> list[float]:
     found: list[float] = []
     for number in range(min(count + _WARM_TOKENS, session.decoder.room())):
         began = time.perf_counter()
-        logits = session.decoder.step(token)
+        logits = session.decoder.step(token, keep=False)
         token = int(np.argmax(logits))
         if number >= _WARM_TOKENS:
             found.append((time.perf_counter() - began) * 1e3)

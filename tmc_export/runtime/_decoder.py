@@ -341,8 +341,12 @@ class Decoder:
             slots.compact(starts[slots.block.index], masks[layers[0]])
 
     # ---------------------------------------------------------------------------------------------------------- step
-    def step(self, token: int) -> Array:
+    def step(self, token: int, *, keep: bool = True) -> Array:
         """Take one generated token and return the logits after it, float `[vocabulary]`.
+
+        Args:
+            token: its id.
+            keep: return an array of its own; otherwise the next step may overwrite it.
 
         Raises:
             RuntimeInputError: the context is full.
@@ -357,10 +361,10 @@ class Decoder:
             feed["hidden"] = hidden
             row["positions"][:], row["order"][:], row["since"][:] = slots.next_position, self.length, self.since
             out = self._backend.graph(slots.block.phases["decode"].file).step(feed, ("logits",) if slots.block.head else ())
-            slots.write(out.held, row["order"][0])
+            slots.write_one(out.held, self.length)
             slots.next_position += 1
             if slots.block.head:
-                logits = out.arrays["logits"][0].astype(np.float32)  # a copy: the next step overwrites what it returned
+                logits = out.arrays["logits"][0].astype(np.float32, copy=keep)
             else:
                 hidden = out.held["hidden_out"]
         self.length += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
+from operator import is_not
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,12 +84,17 @@ class _OrtGraph:
             ResourceError: not enough memory to run it.
             BundleError: onnxruntime gives up on it for another reason.
         """
-        wanted: dict[str, Any] = {name: feed[name] for name in self.inputs}
-        with self._errors():
+        try:  # not `_errors`: between two tokens everything of Python's is cold, and a generator is felt
             if self._step is None:
                 self._step = _Step(self._session, self._filled, self._outputs)
-            found = self._step.run(wanted)
-        return Outputs(found, found)
+            self._step.run(feed)
+            if self._after is not None:
+                self._after()
+        except BundleError:
+            raise
+        except Exception as error:
+            raise self._told(error) from error
+        return self._step.given
 
     @property
     def copies(self) -> bool:
@@ -103,11 +109,15 @@ class _OrtGraph:
                 self._after()
         except BundleError:
             raise
-        except Exception as error:  # onnxruntime raises classes of its own C++ module that share no documented base
-            said = str(error).splitlines()[0] if str(error) else type(error).__name__
-            if isinstance(error, MemoryError) or "alloc" in said.lower():
-                raise ResourceError(f"not enough memory to run {self._file}: {said}; free memory or build smaller inputs") from error
-            raise BundleError(f"onnxruntime {ort.__version__} failed in {self._file}: {said}; verify the bundle") from error
+        except Exception as error:
+            raise self._told(error) from error
+
+    def _told(self, error: Exception) -> BundleError | ResourceError:
+        """What an error of onnxruntime means to its user; it raises classes of its own C++ module that share no documented base."""
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, MemoryError) or "alloc" in said.lower():
+            return ResourceError(f"not enough memory to run {self._file}: {said}; free memory or build smaller inputs")
+        return BundleError(f"onnxruntime {ort.__version__} failed in {self._file}: {said}; verify the bundle")
 
 
 _TYPES = {"float": np.float32, "float16": np.float16, "int64": np.int64, "bool": np.bool_, "float8e4m3fn": np.uint8}
@@ -118,34 +128,41 @@ class _Step:
 
     Inputs that are the same array are bound once; filled slots have their inputs' memory; other outputs have arrays of the binding, which
     the next run overwrites.
+
+    Attributes:
+        given: these arrays.
     """
 
     def __init__(self, session: ort.InferenceSession, filled: Mapping[str, str], outputs: Sequence[str]) -> None:
         self._session, self._filled = session, filled
+        self._inputs = [value.name for value in session.get_inputs()]
         self._codes = frozenset(i.name for i in session.get_inputs() if i.type == FP8)
         self._binding = session.io_binding()
-        self._arrays: dict[str, Array] = {}
-        self._outputs: dict[str, Array] = {}
+        self._bound: list[object] = [None] * len(self._inputs)
+        arrays: dict[str, Array] = {}
         for output in session.get_outputs():
             if output.name in outputs:
                 array = np.zeros(output.shape, _TYPES[output.type.removeprefix("tensor(").removesuffix(")")])
                 self._binding.bind_ortvalue_output(output.name, _in_place(output.name, array, output.type == FP8))
-                self._outputs[output.name] = array
+                arrays[output.name] = array
+        self.given = Outputs(arrays, arrays)
 
-    def run(self, feed: Mapping[str, Array]) -> dict[str, Array]:
-        for name, array in feed.items():
-            if self._arrays.get(name) is not array:
-                self._bind(name, array)
+    def run(self, feed: Mapping[str, Any]) -> None:
+        arrays = [feed[name] for name in self._inputs]
+        if any(map(is_not, arrays, self._bound)):
+            for index, array in enumerate(arrays):
+                if self._bound[index] is not array:
+                    self._bind(index, array)
         self._session.run_with_iobinding(self._binding)
-        return self._outputs
 
-    def _bind(self, name: str, array: Array) -> None:
+    def _bind(self, index: int, array: Array) -> None:
+        name = self._inputs[index]
         value = _in_place(name, array, name in self._codes)
-        self._arrays.pop(name, None)
+        self._bound[index] = None
         self._binding.bind_ortvalue_input(name, value)
         if name in self._filled:
             self._binding.bind_ortvalue_output(self._filled[name], value)
-        self._arrays[name] = array  # last: an interrupt leaves it to be bound again
+        self._bound[index] = array  # last: an interrupt leaves it to be bound again
 
 
 def _in_place(name: str, array: Array, fp8: bool = False) -> ort.OrtValue:

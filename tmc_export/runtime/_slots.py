@@ -94,6 +94,16 @@ class BlockSlots:
         self.valid[0, start : start + count] = True
         self.used += count
 
+    def write_one(self, present: Mapping[str, Held], place: int) -> None:
+        """As `write`, of one row: a decode step's, where numpy's work on arrays of one would be felt."""
+        for name in present:
+            if name.startswith("present."):
+                self._store.append(present, self.used, 1)
+                break
+        self.order[0, self.used] = place
+        self.valid[0, self.used] = True
+        self.used += 1
+
     def compact(self, start: int, keep: Array) -> None:
         """Of the slots from `start` on, keep those that `keep` (bool) marks, and move them together."""
         chosen = start + np.flatnonzero(keep)

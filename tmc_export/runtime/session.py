@@ -314,7 +314,7 @@ class Session:
             if self.decoder.room() < 1:
                 finish = "context"
                 break
-            logits = self.decoder.step(token)
+            logits = self.decoder.step(token, keep=False)
         if stops.stopped is None:
             show(stops.push(stream.finish()))
             show(stops.finish())

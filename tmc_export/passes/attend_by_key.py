@@ -1,7 +1,8 @@
-"""Query and key of a decode step rotated by onnxruntime's one operator for it, the products left as they are.
+"""Attention of a decode step with the query heads of a key as rows: the standard operator, behind onnxruntime's rotation of all heads.
 
 Before, per layer: what `_decode_attention` finds. After: the heads `[1, h + 2g, 1, d]`, `Split → [q k], v`, one
-`com.microsoft::RotaryEmbedding` of all heads of both, `Split → q, k`, and the mask made of the first free slot alone.
+`com.microsoft::RotaryEmbedding` of all heads of both, `Split → q, k`, and `Attention` (opset 23) of `[1, g, h / g, d]` on g heads of slots,
+with a mask made of the first free slot alone. With h heads of one row each it would read a key once per query head.
 
 For attention that `fuse_decode_attention` would make slower. `GroupQueryAttention` multiplies every query head by itself with the keys that
 are filled; here the query heads of a KV head are rows of one product with all slots. So this form is for many heads that share a key
@@ -21,11 +22,17 @@ import onnx_ir.passes
 from tmc_export.passes._decode_attention import DecodeAttention, Factors, decode_attention
 from tmc_export.passes._rewrite import constant, made_by, replace, reshape, sizes
 
-__all__ = ["ROTATED", "RotateTogetherPass"]
+__all__ = ["ATTENDED", "ROTATED", "AttendByKeyPass"]
 
 _DOMAIN, _OPERATOR = "com.microsoft", "RotaryEmbedding"
 ROTATED = f"{_DOMAIN}::{_OPERATOR}"
-"""The operator that this pass puts in."""
+"""The operator of onnxruntime that this pass puts in."""
+
+ATTENDED = "Attention"
+"""The standard one."""
+
+_OPSET = 23
+"""The first one with it."""
 
 _HIDDEN = -3.0e4
 """Added to the scores of slots that hold nothing, as in all other graphs (`surgery.attention.MASKED`)."""
@@ -40,7 +47,7 @@ LEAST_FILLED = Fraction(2, 3)
 """Of the slots, by the visual tokens of a conversation with all its pictures: with few of them most of the products is wasted."""
 
 
-class RotateTogetherPass(ir.passes.InPlacePass):
+class AttendByKeyPass(ir.passes.InPlacePass):
     """Rewrite the attention of every layer for which it is the faster form; of one sequence, in float32, slots without codes.
 
     Args:
@@ -57,11 +64,12 @@ class RotateTogetherPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite the graph; `modified` says whether any attention was rewritten."""
         found = [a for node in model.graph if (a := decode_attention(node)) is not None and self._pays(a)]
-        factors, masks = Factors(model.graph), dict[int, ir.Value]()
+        factors, masks = Factors(model.graph), dict[tuple[int, int], ir.Value]()
         for attention in found:
-            _rotate(model.graph, attention, factors, masks)
+            _rewrite(model.graph, attention, factors, masks)
         if found:
             model.opset_imports[_DOMAIN] = 1
+            model.opset_imports[""] = max(_OPSET, model.opset_imports[""])
         return ir.passes.PassResult(model, bool(found))
 
     def _pays(self, found: DecodeAttention) -> bool:
@@ -75,21 +83,26 @@ class RotateTogetherPass(ir.passes.InPlacePass):
         )
 
 
-def _rotate(graph: ir.Graph, found: DecodeAttention, factors: Factors, masks: dict[int, ir.Value]) -> None:
+def _rewrite(graph: ir.Graph, found: DecodeAttention, factors: Factors, masks: dict[tuple[int, int], ir.Value]) -> None:
     _, heads, slots, width = found.slots
+    rows = found.heads // heads
     packed = reshape(graph, found.split, found.packed, (1, found.heads + 2 * heads, 1, width), "heads")
     joined, value = _split(graph, found.split, packed, {"joined": found.heads + heads, "value": heads})
-    rows = [factors.row(factor).outputs[0] for factor in found.factors]
+    turns = [factors.row(factor).outputs[0] for factor in found.factors]
     here = constant(graph, "rotary.row", [[0]])
-    turned = ir.node(_OPERATOR, [joined, here, *rows], attributes={"interleaved": 0}, domain=_DOMAIN)
+    turned = ir.node(_OPERATOR, [joined, here, *turns], attributes={"interleaved": 0}, domain=_DOMAIN)
     _place(graph, found.split, turned, sizes(joined) or (), f"{found.packed.name}.rotated")
     query, key = _split(graph, found.split, turned.outputs[0], {"query": found.heads, "key": heads})
-    for node, part in ((found.rotation.end, query), (found.key_rotation.end, key), (made_by(found.value.new, "Reshape"), value)):
+    for node, part in ((found.key_rotation.end, key), (made_by(found.value.new, "Reshape"), value)):
         if node is not None:
             replace(graph, node, part)
-    if slots not in masks:
-        masks[slots] = _seen(graph, found, slots)
-    found.mask.replace_input_with(1 - found.scores, masks[slots])
+    if (slots, rows) not in masks:
+        masks[slots, rows] = _seen(graph, found, slots, rows)
+    query = reshape(graph, found.end, query, (1, heads, rows, width), "rows")
+    filled = (found.key.node.outputs[0], found.value.node.outputs[0])
+    attended = ir.node(ATTENDED, [query, *filled, masks[slots, rows]], attributes={"scale": found.scale})
+    _place(graph, found.end, attended, (1, heads, rows, width), f"{found.end.outputs[0].name}.attended")
+    found.end.replace_input_with(0, attended.outputs[0])
 
 
 def _split(graph: ir.Graph, before: ir.Node, value: ir.Value, parts: dict[str, int]) -> Sequence[ir.Value]:
@@ -117,12 +130,15 @@ def _free(found: DecodeAttention) -> ir.Value | None:
     return column if sizes(column) == (1, 1, 1, 1) else None
 
 
-def _seen(graph: ir.Graph, found: DecodeAttention, slots: int) -> ir.Value:
-    """float `[1, 1, 1, C]`: 0 up to the first free slot, which the token itself fills, `_HIDDEN` behind it."""
-    name = f"slots.seen_{slots}"
-    up_to = ir.node("LessOrEqual", [constant(graph, f"slots.places_{slots}", np.arange(slots)[None, None, None]), _free(found)])
-    _place(graph, found.split, up_to, (1, 1, 1, slots), f"{name}.flags", ir.DataType.BOOL)
+def _seen(graph: ir.Graph, found: DecodeAttention, slots: int, rows: int) -> ir.Value:
+    """float `[rows, C]`: 0 up to the first free slot, which the token itself fills, `_HIDDEN` behind it."""
+    name = f"slots.seen_{rows}x{slots}"
+    free = ir.node("Reshape", [_free(found), constant(graph, "slots.free.shape", [1, 1])])
+    _place(graph, found.split, free, (1, 1), f"{name}.free", ir.DataType.INT64)
+    places = constant(graph, f"slots.places_{rows}x{slots}", np.tile(np.arange(slots), (rows, 1)))
+    up_to = ir.node("LessOrEqual", [places, free.outputs[0]])
+    _place(graph, found.split, up_to, (rows, slots), f"{name}.flags", ir.DataType.BOOL)
     ends = [constant(graph, f"seen.{word}", number, np.float32) for word, number in (("yes", 0), ("no", _HIDDEN))]
     node = ir.node("Where", [up_to.outputs[0], *ends])
-    _place(graph, found.split, node, (1, 1, 1, slots), name)
+    _place(graph, found.split, node, (rows, slots), name)
     return node.outputs[0]
