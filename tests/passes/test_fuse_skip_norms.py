@@ -32,9 +32,7 @@ def norm(text: str = NORM, **changed: np.ndarray) -> ir.Model:
     [
         NORM,
         NORM.replace("Mul(weight, n)", "Mul(n, weight)").replace("Add(m, epsilon)", "Add(epsilon, m)"),
-        WITHIN.replace("float[1, 1, 8] y)", "float[1, 1, 8] y, float[1, 1, 8] z)").replace("Mul(weight, n)", "Mul(weight, n)  z = Add(s, a)"),
-        .replace("<float", "<float[1, 1, 8] s, float", 1)
-        .replace("y = Mul(weight, n)", "y = Mul(weight, n)  z = Add(s, a)"),
+        WITHIN.replace("8] y)", "8] y, float[1, 1, 8] z)").replace("Mul(weight, n)", "Mul(weight, n)  z = Add(s, a)"),
         WITHIN,
     ],
     ids=["as exported", "the other way round", "a residual reads the sum", "only the norm reads the sum"],
