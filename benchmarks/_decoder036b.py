@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks._common import alternate, child_memory, run_json
 from benchmarks._models import CLIP_TINY_336, QWEN2_036B, write_llava
 
-__all__ = ["PLANS", "build", "flops", "ideal", "measure", "rounds_and_keep", "take_turns"]
+__all__ = ["PLANS", "build", "flops", "ideal", "measure", "rounds_and_keep", "take_turns", "worker"]
 
 PLANS = {
     "uncompressed": [],
@@ -70,11 +70,16 @@ def build(base: Path, name: str, compress: list[dict[str, Any]], **changes: Any)
     return out
 
 
+def worker(bundle: Path, prefills: int, tokens: int = 0, accuracy: int = 4, threads: int | None = None, *more: str) -> list[str]:
+    """The command that times a bundle's decoder."""
+    flags = ["--prefills", str(prefills), "--tokens", str(tokens), "--accuracy", str(accuracy), *more]
+    flags += [] if threads is None else ["--threads", str(threads)]
+    return [sys.executable, "-m", "benchmarks._decoder_worker", str(bundle), *flags]
+
+
 def measure(bundle: Path, prefills: int, tokens: int = 0, accuracy: int = 4, threads: int | None = None) -> dict[str, Any]:
     """Time a bundle's decoder once."""
-    flags = ["--prefills", str(prefills), "--tokens", str(tokens), "--accuracy", str(accuracy)]
-    flags += [] if threads is None else ["--threads", str(threads)]
-    return run_json([sys.executable, "-m", "benchmarks._decoder_worker", str(bundle), *flags])
+    return run_json(worker(bundle, prefills, tokens, accuracy, threads))
 
 
 def take_turns(bundles: Mapping[str, Path], rounds: int, tokens: int = 0) -> dict[str, list[dict[str, Any]]]:

@@ -40,8 +40,8 @@ _HIDDEN = -3.0e4
 LEAST_SHARING = 6
 """Query heads per KV head."""
 
-LEAST_SLOTS = 1024
-"""Below, starting a dozen nodes more costs what the products save, in a whole step, whose weights leave nothing in the cache."""
+LEAST_SLOTS = 704
+"""The fewest with which whole steps were timed (`benchmarks/genai_compare.py`); with fewer there is less to gain, and as much to start."""
 
 LEAST_FILLED = Fraction(2, 3)
 """Of the slots, by the visual tokens of a conversation with all its pictures: with few of them most of the products is wasted."""

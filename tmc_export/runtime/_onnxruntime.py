@@ -18,7 +18,7 @@ from tmc_export.runtime._backend import PROVIDERS, BackendOptions, Held, Outputs
 from tmc_export.runtime._fp8 import FP8, as_fp8
 from tmc_export.runtime._fp8 import run as run_codes
 from tmc_export.runtime._host import HostMemory
-from tmc_export.runtime._malloc import give_back_large_blocks
+from tmc_export.runtime._malloc import give_back_large_blocks, large_blocks_apart
 from tmc_export.runtime._mapped import MappedWeights, SharedWeights
 
 if TYPE_CHECKING:
@@ -224,7 +224,8 @@ class OnnxRuntimeBackend(HostMemory):
             weights = self._share(file, path, options)
             model = str(path) if weights is None or weights.model is None else weights.model
             try:
-                session = ort.InferenceSession(model, options, providers=self._providers(file, options))
+                with contextlib.nullcontext() if self._options.memory_tight else large_blocks_apart():
+                    session = ort.InferenceSession(model, options, providers=self._providers(file, options))
             except MemoryError as error:
                 raise ResourceError(f"not enough memory to load {path}; free memory or compress and quantize more") from error
             except Exception as error:  # onnxruntime raises classes of its own C++ module that share no documented base
