@@ -1,11 +1,11 @@
-"""Attention of a decode step on onnxruntime: its one operator against products of the heads that share a key.
+"""Attention of a decode step on onnxruntime: `GroupQueryAttention` against `Attention` with the query heads of a key as rows.
 
     python benchmarks/decode_attention.py [--rounds 24] [--layers 12] [--threads 2]
 
 Graphs of attention alone, float32, in both forms that `tmc_export/passes` writes (`fuse_decode_attention`, `attend_by_key`), both from
 the standard form. The sessions take turns in one process, with the same slots' content; a time is of one layer, its row's writing and
-rotation included. Slots are filled to a share, which the operator's work follows and the products' does not. Both must give what the
-standard form gives.
+rotation included. Slots are filled to a share, which the work of the first follows and that of the second does not. Both must give what
+the standard form gives.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks._common import median_interval, save
-from tmc_export.passes.attend_by_key import LEAST_FILLED, LEAST_SHARING, AttendByKeyPass
+from tmc_export.passes.attend_by_key import LEAST_FILLED, LEAST_SHARING, LEAST_SLOTS, AttendByKeyPass
 from tmc_export.passes.fuse_decode_attention import FuseDecodeAttentionPass
 from tmc_export.passes.merge_reshapes import MergeReshapesPass
 
@@ -165,8 +165,8 @@ def compare(heads: tuple[int, int, int], slots: int, rounds: int, layers: int, t
         found.append(
             {
                 "filled": share,
-                "operator_us": medians[0],
-                "products_us": medians[1],
+                "grouped_us": medians[0],
+                "rows_us": medians[1],
                 "ratio": statistics.median(ratios),
                 "interval": median_interval(ratios),
             }
@@ -188,15 +188,15 @@ def main() -> None:
             figures = "; ".join(f"{f['filled']:.0%}: {f['ratio']:.2f} ({f['interval'][0]:.2f} to {f['interval'][1]:.2f})" for f in found)
             rows.append(
                 {
-                    "what": f"{name} ({heads[0]} query heads on {heads[1]}), {slots} slots: products / operator, by the share filled",
+                    "what": f"{name} ({heads[0]} query heads on {heads[1]}), {slots} slots: rows / grouped, by the share filled",
                     "figure": figures,
                 }
             )
             print(rows[-1]["figure"], file=sys.stderr, flush=True)
     what = (
-        f"Attention of a decode step on onnxruntime, {options.threads} thread(s): products of the heads that share a key against "
-        f"`GroupQueryAttention`. Products are written from {LEAST_SHARING} query heads per KV head on, where the visual tokens of a prompt "
-        f"fill {LEAST_FILLED} of the slots."
+        f"Attention of a decode step on onnxruntime, {options.threads} thread(s): `Attention` with the heads that share a key as rows, against "
+        f"`GroupQueryAttention`. Rows are written from {LEAST_SHARING} query heads per KV head on, where the visual tokens of a prompt "
+        f"fill {LEAST_FILLED} of {LEAST_SLOTS} slots or more."
     )
     print(save("decode_attention", {"what": what, "rows": rows, "raw": raw}))
 
