@@ -37,7 +37,7 @@ ELSEWHERE = PICTURE.replace("{device: cpu, runtime: onnxruntime}", "{device: rtx
 
 @pytest.fixture(autouse=True, scope="module")
 def few_slots() -> Iterator[None]:
-    """Small models have too few slots for the products to pay."""
+    """Small models have too few slots for rows of a key to pay."""
     with patch.object(attend_by_key, "LEAST_SLOTS", 54):
         yield
 
@@ -104,7 +104,7 @@ def test_only_the_decode_graph_of_onnxruntime_has_its_operators(both: tuple[Path
     assert (opset >= 23) == (operator == ROTATED)
 
 
-def test_products_are_only_for_heads_that_share_and_slots_that_pictures_fill(tmp_path: Path) -> None:
+def test_rows_of_a_key_are_only_for_heads_that_share_and_slots_that_pictures_fill(tmp_path: Path) -> None:
     """A slot more, or a query head less per key, and onnxruntime's one operator is in its place."""
     fewer = PICTURE.replace("new_tokens: 9", "new_tokens: 10")
     assert fewer != PICTURE and operators(built(tmp_path / "fewer", fewer, **SHARING[ROTATED])).count(FUSED) == 2

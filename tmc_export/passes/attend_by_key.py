@@ -44,7 +44,7 @@ LEAST_SLOTS = 704
 """The fewest with which whole steps were timed (`benchmarks/genai_compare.py`); with fewer there is less to gain, and as much to start."""
 
 LEAST_FILLED = Fraction(2, 3)
-"""Of the slots, by the visual tokens of a conversation with all its pictures: with few of them most of the products is wasted."""
+"""Of the slots, by the visual tokens of a conversation with all its pictures: with few of them most of the work is wasted."""
 
 
 class AttendByKeyPass(ir.passes.InPlacePass):
