@@ -195,8 +195,8 @@ def main() -> None:
             print(rows[-1]["figure"], file=sys.stderr, flush=True)
     what = (
         f"Attention of a decode step on onnxruntime, {options.threads} thread(s): `Attention` with the heads that share a key as rows, "
-        f"against `GroupQueryAttention`. Rows are written from {LEAST_SHARING} query heads per KV head on, where the visual tokens of a prompt "
-        f"fill {LEAST_FILLED} of {LEAST_SLOTS} slots or more."
+        f"against `GroupQueryAttention`. Rows are written from {LEAST_SHARING} query heads per KV head on, where the visual tokens of a "
+        f"prompt fill {LEAST_FILLED} of {LEAST_SLOTS} slots or more."
     )
     print(save("decode_attention", {"what": what, "rows": rows, "raw": raw}))
 
