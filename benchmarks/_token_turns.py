@@ -7,6 +7,7 @@ keeps from its start, such as where its weights lie, is averaged over rounds of 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -23,7 +24,7 @@ __all__ = ["PER_TURN", "serve", "take_token_turns"]
 PER_TURN = 5
 """Tokens of a turn. The first one wakes threads and finds nothing in the cache; it is not counted."""
 _REST = 0.01
-"""Seconds between turns, in which the threads of the process before stop waiting awake."""
+"""Seconds between turns, in which threads of the process before stop waiting awake; some may last into the token that is not counted."""
 
 
 def serve(step: Callable[[], object]) -> None:
@@ -78,9 +79,11 @@ def _environment() -> dict[str, str]:
 def _ask(process: subprocess.Popen[str], name: str, tokens: int) -> list[float]:
     if process.stdin is None or process.stdout is None:
         raise ValueError("a process without pipes")
-    process.stdin.write(f"{tokens}\n")
-    process.stdin.flush()
-    answer = process.stdout.readline()
+    answer = ""
+    with contextlib.suppress(BrokenPipeError):  # it has ended, which an empty answer says, too
+        process.stdin.write(f"{tokens}\n")
+        process.stdin.flush()
+        answer = process.stdout.readline()
     if not answer:
         raise SystemExit(f"{name} ended with {process.wait()}")
     times: list[float] = json.loads(answer)

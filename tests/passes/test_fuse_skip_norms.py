@@ -55,6 +55,18 @@ def test_sum_and_norm_are_one_operator_and_the_same_numbers(text: str) -> None:
     assert not FuseSkipNormsPass()(after).modified
 
 
+def test_two_norms_of_one_sum_stay_right() -> None:
+    """The first takes the sum along, the second reads it."""
+    again = "m2 = ReduceMean<keepdims = 1>(p, axis)  e2 = Add(m2, epsilon)  r2 = Sqrt(e2)  n2 = Div(s, r2)  z = Mul(n2, weight) }"
+    text = NORM.replace("8] y,", "8] y, float[1, 1, 8] z,")[:-1] + again
+    before, after = norm(text), norm(text)
+    for value in (*after.graph.outputs, *(v for node in after.graph for v in node.outputs)):
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+    assert FuseSkipNormsPass()(after).modified
+    for got, want in zip(run(after, X), run(before, X), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     ("text", "changed"),
     [

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tmc_export.runtime import _malloc
 from tmc_export.runtime._malloc import LARGE, give_back_large_blocks, large_blocks_apart
 
 KEPT = f"""
@@ -27,12 +28,22 @@ here.free(block(30 << 20))
 if sys.argv[1] == "behind":
     with large_blocks_apart():
         here.free(block({2 * LARGE}))
+if sys.argv[1] == "always":
+    with large_blocks_apart():
+        pass
 with large_blocks_apart() if sys.argv[1] == "inside" else contextlib.nullcontext():
     blocks = [block({2 * LARGE}) for _ in range(80)]
     for found in blocks[:-1]:
         here.free(found)
 print(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read()).group(1))
 """
+
+
+def test_what_the_environment_says_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "131072")
+    monkeypatch.setattr(_malloc, "_set", lambda *_: pytest.fail("glibc was told something else"))
+    with large_blocks_apart():
+        pass
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's parameter")
@@ -48,6 +59,7 @@ def test_freed_blocks_leave_the_process() -> None:
 
 def test_a_c_library_without_the_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())
+    monkeypatch.setattr(_malloc, "_STATE", SimpleNamespace(always=False, inside=0))
     assert give_back_large_blocks() is False
     with large_blocks_apart():
         pass

@@ -19,7 +19,7 @@ from tmc_export.debug.fault import Fault
 from tmc_export.debug.feeds import Capture, running_order
 from tmc_export.debug.graph import execute, load_graph, refused
 from tmc_export.debug.localise import locate_difference, locate_refusal, workspace_of
-from tmc_export.runtime._backend import BackendOptions, open_backend
+from tmc_export.runtime._backend import BackendOptions, open_backend, options_for
 from tmc_export.runtime.session import Session
 from tmc_export.verify.compare import Check
 from tmc_export.verify.ladder import precision_of_manifest
@@ -34,8 +34,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Verdict", "find"]
 
-_OPTIONS = BackendOptions(int4_accuracy=1)
 UNOPTIMISED = "the same graph without onnxruntime's optimizations"
+
+
+def _options(manifest: Manifest) -> BackendOptions:
+    """As a session's, int4 weights multiplied as on a device."""
+    return BackendOptions(int4_accuracy=1, phases=options_for(manifest.program).phases)
 
 
 @dataclass(frozen=True)
@@ -176,11 +180,11 @@ def _from_itself(bundle: Path, manifest: Manifest, progress: Callable[[str], Non
     if not cases:
         raise RuntimeInputError(f"{bundle} holds no recorded conversations to feed it with; give --against a bundle that does, or --model")
     progress("play the recorded conversations")
-    capture = Capture(open_backend("onnxruntime", bundle, _OPTIONS))
+    capture = Capture(open_backend("onnxruntime", bundle, _options(manifest)))
     precision = precision_of_manifest(manifest)
     checks: list[Check] = []
     try:
-        session = Session(bundle, manifest, capture, _OPTIONS)
+        session = Session(bundle, manifest, capture, _options(manifest))
         for route in ("auto", "chunked"):
             checks += play(session, cases, tolerance("end_to_end", precision), precision, "chunked" if route == "chunked" else "auto")
     except RuntimeInputError as error:  # what a graph gave made the next step impossible
@@ -198,8 +202,8 @@ def _from_bundle(bundle: Path, against: Path, progress: Callable[[str], None]) -
     if not cases:
         raise RuntimeInputError(f"neither {bundle} nor {against} holds recorded conversations to play; build one without --no-record")
     progress(f"play the recorded conversations through {against}")
-    capture = Capture(open_backend("onnxruntime", against, _OPTIONS))
-    session = Session(against, manifest, capture, _OPTIONS)
+    capture = Capture(open_backend("onnxruntime", against, _options(manifest)))
+    session = Session(against, manifest, capture, _options(manifest))
     for case in cases:
         for route in ("auto", "chunked"):
             player = Player(session, "chunked" if route == "chunked" else "auto")
@@ -217,7 +221,7 @@ def _from_checkpoint(
 
     progress("ask the reference")
     _, cases = traced_cases(manifest, model, 4, folder)
-    capture, precision = Capture(open_backend("onnxruntime", bundle, _OPTIONS)), precision_of_manifest(manifest)
+    capture, precision = Capture(open_backend("onnxruntime", bundle, _options(manifest))), precision_of_manifest(manifest)
     checks: list[Check] = []
     try:
         checks += check_subgraphs(bundle, manifest.program, cases, tolerance("subgraph", precision), precision, capture)

@@ -162,7 +162,7 @@ def execute(path: Path, feed: Mapping[str, Array], *, optimised: bool = True, lo
         path: the model.
         feed: its inputs; others are ignored.
         load_only: load it and return nothing.
-        optimised: with onnxruntime's graph optimizations, as the runtime has them; without, every node is a kernel of its own.
+        optimised: with onnxruntime's graph optimizations, as it has them by itself; without, every node is a kernel of its own.
 
     Raises:
         RuntimeError: onnxruntime refuses to load or to run it; the message is its first line.

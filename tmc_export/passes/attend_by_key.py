@@ -31,8 +31,11 @@ ROTATED = f"{_DOMAIN}::{_OPERATOR}"
 ATTENDED = "Attention"
 """The standard one."""
 
-_OPSET = 23
-"""The first one with it."""
+_OPSET, _IR_VERSION = 23, 11
+"""The first ones with it."""
+
+_ROUNDING = "QuantizeLinear"
+"""onnxruntime 1.23 has none of that opset: graphs with it keep products and a Softmax."""
 
 _HIDDEN = -3.0e4
 """Added to the scores of slots that hold nothing, as in all other graphs (`surgery.attention.MASKED`)."""
@@ -65,11 +68,13 @@ class AttendByKeyPass(ir.passes.InPlacePass):
         """Rewrite the graph; `modified` says whether any attention was rewritten."""
         found = [a for node in model.graph if (a := decode_attention(node)) is not None and self._pays(a)]
         factors, masks = Factors(model.graph), dict[tuple[int, int], ir.Value]()
+        whole = not any(node.op_type == _ROUNDING for node in model.graph)
         for attention in found:
-            _rewrite(model.graph, attention, factors, masks)
+            _rewrite(model.graph, attention, factors, masks, whole)
         if found:
             model.opset_imports[_DOMAIN] = 1
-            model.opset_imports[""] = max(_OPSET, model.opset_imports[""])
+        if found and whole:
+            model.opset_imports[""], model.ir_version = max(_OPSET, model.opset_imports[""]), max(_IR_VERSION, model.ir_version)
         return ir.passes.PassResult(model, bool(found))
 
     def _pays(self, found: DecodeAttention) -> bool:
@@ -83,7 +88,8 @@ class AttendByKeyPass(ir.passes.InPlacePass):
         )
 
 
-def _rewrite(graph: ir.Graph, found: DecodeAttention, factors: Factors, masks: dict[tuple[int, int], ir.Value]) -> None:
+def _rewrite(graph: ir.Graph, found: DecodeAttention, factors: Factors, masks: dict[tuple[int, int], ir.Value], whole: bool) -> None:
+    """Rewrite one layer; `whole`: with the one operator for what follows the rotation."""
     _, heads, slots, width = found.slots
     rows = found.heads // heads
     packed = reshape(graph, found.split, found.packed, (1, found.heads + 2 * heads, 1, width), "heads")
@@ -98,6 +104,10 @@ def _rewrite(graph: ir.Graph, found: DecodeAttention, factors: Factors, masks: d
             replace(graph, node, part)
     if (slots, rows) not in masks:
         masks[slots, rows] = _seen(graph, found, slots, rows)
+    if not whole:
+        replace(graph, found.rotation.end, query)
+        found.mask.replace_input_with(1 - found.scores, masks[slots, rows])
+        return
     query = reshape(graph, found.end, query, (1, heads, rows, width), "rows")
     filled = (found.key.node.outputs[0], found.value.node.outputs[0])
     attended = ir.node(ATTENDED, [query, *filled, masks[slots, rows]], attributes={"scale": found.scale})

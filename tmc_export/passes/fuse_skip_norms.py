@@ -87,6 +87,6 @@ def _alike(total: ir.Node) -> bool:
     """Whether a sum adds two computed float32 tensors `[1, 1, d]`, neither of them spread."""
     a, b = total.inputs
     shape = sizes(total.outputs[0])
-    if a is None or b is None or a.is_initializer() or b.is_initializer() or shape is None or len(shape) != 3:
+    if a is None or b is None or a.is_initializer() or b.is_initializer() or shape is None or len(shape) != 3 or shape[:2] != (1, 1):
         return False
     return sizes(a) == sizes(b) == shape and a.dtype is b.dtype is ir.DataType.FLOAT

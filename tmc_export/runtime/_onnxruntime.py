@@ -84,10 +84,11 @@ class _OrtGraph:
             ResourceError: not enough memory to run it.
             BundleError: onnxruntime gives up on it for another reason.
         """
+        arrays = [feed[name] for name in self.inputs]
         try:  # not `_errors`: between two tokens everything of Python's is cold, and a generator is felt
             if self._step is None:
                 self._step = _Step(self._session, self._filled, self._outputs)
-            self._step.run(feed)
+            self._step.run(arrays)
             if self._after is not None:
                 self._after()
         except BundleError:
@@ -147,8 +148,8 @@ class _Step:
                 arrays[output.name] = array
         self.given = Outputs(arrays, arrays)
 
-    def run(self, feed: Mapping[str, Any]) -> None:
-        arrays = [feed[name] for name in self._inputs]
+    def run(self, arrays: Sequence[Any]) -> None:
+        """Run with the session's inputs in their order."""
         if any(map(is_not, arrays, self._bound)):
             for index, array in enumerate(arrays):
                 if self._bound[index] is not array:
@@ -224,7 +225,7 @@ class OnnxRuntimeBackend(HostMemory):
             weights = self._share(file, path, options)
             model = str(path) if weights is None or weights.model is None else weights.model
             try:
-                with contextlib.nullcontext() if self._options.memory_tight else large_blocks_apart():
+                with large_blocks_apart():
                     session = ort.InferenceSession(model, options, providers=self._providers(file, options))
             except MemoryError as error:
                 raise ResourceError(f"not enough memory to load {path}; free memory or compress and quantize more") from error
@@ -290,7 +291,7 @@ class OnnxRuntimeBackend(HostMemory):
     def _hint(self) -> str:
         if self._options.provider == "cpu":
             return ""
-        return f"; {self._provider} must run all of a graph (graphs for runtime: onnxruntime hold operators of its own): use --provider cpu"
+        return f"; {self._provider} must run all of a graph (graphs for runtime: onnxruntime hold its own operators): use --provider cpu"
 
     def _expect_provider(self, session: ort.InferenceSession, file: str) -> None:
         """Refuse a session that onnxruntime, with no more than a line in its log, made without the provider."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tmc_export.bundle.program import BlockProgram, CutProgram, GraphPhase, Program
-from tmc_export.runtime._backend import Backend, BackendOptions, open_backend
+from tmc_export.runtime._backend import Backend, BackendOptions, open_backend, options_for
 from tmc_export.runtime._barrier import since_of
 from tmc_export.runtime._chat import expand_image_tokens
 from tmc_export.runtime._sums import columns_of_turn, pad_columns
@@ -51,7 +51,7 @@ def check_subgraphs(
         backend: what runs the graphs; onnxruntime, int4 weights multiplied as on a device, when None.
     """
     if backend is None:
-        backend = open_backend("onnxruntime", bundle, BackendOptions(int4_accuracy=1))
+        backend = open_backend("onnxruntime", bundle, BackendOptions(int4_accuracy=1, phases=options_for(program).phases))
     runner = _Runner(bundle, program, backend, tolerance, precision)
     for case in cases:
         turn = case.turns[0]
