@@ -17,8 +17,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
 __all__ = ["PER_TURN", "serve", "take_token_turns"]
 
 PER_TURN = 5

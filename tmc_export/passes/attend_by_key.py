@@ -22,17 +22,14 @@ import onnx_ir.passes
 from tmc_export.passes._decode_attention import DecodeAttention, Factors, decode_attention
 from tmc_export.passes._rewrite import constant, made_by, replace, reshape, sizes
 
-__all__ = ["ATTENDED", "ROTATED", "AttendByKeyPass"]
+__all__ = ["ROTATED", "AttendByKeyPass"]
 
 _DOMAIN, _OPERATOR = "com.microsoft", "RotaryEmbedding"
 ROTATED = f"{_DOMAIN}::{_OPERATOR}"
 """The operator of onnxruntime that this pass puts in."""
 
-ATTENDED = "Attention"
-"""The standard one."""
-
-_OPSET, _IR_VERSION = 23, 11
-"""The first ones with it."""
+_ATTENTION, _OPSET, _IR_VERSION = "Attention", 23, 11
+"""The standard one, and the first versions with it."""
 
 _ROUNDING = "QuantizeLinear"
 """onnxruntime 1.23 has none of that opset: graphs with it keep products and a Softmax."""
@@ -110,7 +107,7 @@ def _rewrite(graph: ir.Graph, found: DecodeAttention, factors: Factors, masks: d
         return
     query = reshape(graph, found.end, query, (1, heads, rows, width), "rows")
     filled = (found.key.node.outputs[0], found.value.node.outputs[0])
-    attended = ir.node(ATTENDED, [query, *filled, masks[slots, rows]], attributes={"scale": found.scale})
+    attended = ir.node(_ATTENTION, [query, *filled, masks[slots, rows]], attributes={"scale": found.scale})
     _place(graph, found.end, attended, (1, heads, rows, width), f"{found.end.outputs[0].name}.attended")
     found.end.replace_input_with(0, attended.outputs[0])
 

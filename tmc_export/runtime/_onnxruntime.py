@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from operator import is_not
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import onnxruntime as ort
@@ -28,6 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["OnnxRuntimeBackend"]
 
+
+_Given = TypeVar("_Given")
 
 _FILLED = "slots."
 """Outputs of this prefix are inputs `past_key_values.*` with a row written; they may have their memory."""
@@ -63,10 +64,7 @@ class _OrtGraph:
         """
         wanted = {name: feed[name] for name in self.inputs}
         names = [*self._outputs, *self._filled.values()]
-        with self._errors():
-            found = (
-                run_codes(self._session, names, wanted) if self._codes else dict(zip(names, self._session.run(names, wanted), strict=True))
-            )
+        found = self._guarded(self._run, names, wanted)
         for name in self._filled.values():  # the row that was written, as the other phases return it
             row = int(np.asarray(feed["past_valid"]).sum())
             found[name.replace(_FILLED, "present.", 1)] = found.pop(name)[:, :, row : row + 1]
@@ -85,16 +83,17 @@ class _OrtGraph:
             BundleError: onnxruntime gives up on it for another reason.
         """
         arrays = [feed[name] for name in self.inputs]
-        try:  # not `_errors`: between two tokens everything of Python's is cold, and a generator is felt
-            if self._step is None:
-                self._step = _Step(self._session, self._filled, self._outputs)
-            self._step.run(arrays)
-            if self._after is not None:
-                self._after()
-        except BundleError:
-            raise
-        except Exception as error:
-            raise self._told(error) from error
+        return self._guarded(self._advance, arrays)
+
+    def _run(self, names: Sequence[str], feed: Mapping[str, Any]) -> dict[str, Array]:
+        if self._codes:
+            return run_codes(self._session, names, feed)
+        return dict(zip(names, self._session.run(names, feed), strict=True))
+
+    def _advance(self, arrays: Sequence[Any]) -> Outputs:
+        if self._step is None:
+            self._step = _Step(self._session, self._filled, self._outputs)
+        self._step.run(arrays)
         return self._step.given
 
     @property
@@ -102,23 +101,20 @@ class _OrtGraph:
         """Whether the session, made where memory is tight, holds weights of its own."""
         return self._weights is not None and self._weights.others > 0
 
-    @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
+    def _guarded(self, work: Callable[..., _Given], *given: Any) -> _Given:
+        """Do what onnxruntime does, then what follows a run; a function, because a generator is felt between two tokens."""
         try:
-            yield
+            found = work(*given)
             if self._after is not None:
                 self._after()
         except BundleError:
             raise
-        except Exception as error:
-            raise self._told(error) from error
-
-    def _told(self, error: Exception) -> BundleError | ResourceError:
-        """What an error of onnxruntime means to its user; it raises classes of its own C++ module that share no documented base."""
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if isinstance(error, MemoryError) or "alloc" in said.lower():
-            return ResourceError(f"not enough memory to run {self._file}: {said}; free memory or build smaller inputs")
-        return BundleError(f"onnxruntime {ort.__version__} failed in {self._file}: {said}; verify the bundle")
+        except Exception as error:  # onnxruntime raises classes of its own C++ module that share no documented base
+            said = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if isinstance(error, MemoryError) or "alloc" in said.lower():
+                raise ResourceError(f"not enough memory to run {self._file}: {said}; free memory or build smaller inputs") from error
+            raise BundleError(f"onnxruntime {ort.__version__} failed in {self._file}: {said}; verify the bundle") from error
+        return found
 
 
 _TYPES = {"float": np.float32, "float16": np.float16, "int64": np.int64, "bool": np.bool_, "float8e4m3fn": np.uint8}
