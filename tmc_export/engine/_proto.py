@@ -13,12 +13,14 @@ from pathlib import Path, PurePosixPath
 from tmc_export.core.errors import BundleError
 
 __all__ = [
-    "ExternalTensor", "GraphFacts", "GraphInput", "external_tensors", "read_by", "read_graph", "with_graph_inputs", "with_plain_locations",
+    "ExternalTensor", "GraphFacts", "GraphInput", "external_tensors", "gathered_table", "read_by", "read_graph", "with_graph_inputs",
+    "with_plain_locations",
 ]  # fmt: skip
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _MODEL_GRAPH, _MODEL_OPSET = 7, 8
 _GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT = 1, 5, 11
+_NODE_INPUT, _NODE_ATTRIBUTE, _ATTRIBUTE_INT = 1, 5, 3
 _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_EXTERNAL = 1, 2, 8, 13
 
 
@@ -224,6 +226,21 @@ def external_tensors(path: Path) -> tuple[ExternalTensor, ...]:
     except IndexError as error:
         raise BundleError(f"'{path}' is no ONNX model, or it is cut short ({error}); build the bundle again") from error
     return tuple(tensor for tensor in found if tensor is not None)
+
+
+def gathered_table(path: Path) -> ExternalTensor | None:
+    """Return the table `[n, c]` whose rows a graph reads that is one Gather of its input, along the first axis; None: it is another graph.
+
+    Raises:
+        BundleError: the file is missing, empty or no ONNX model.
+    """
+    tables = external_tensors(path)
+    nodes = [n for graph in _bodies(memoryview(path.read_bytes()), _MODEL_GRAPH) for n in _bodies(graph, _GRAPH_NODE)]
+    if len(nodes) != 1 or len(tables) != 1 or _operator(nodes[0]) != "Gather" or len(tables[0].dims) != 2:
+        return None
+    read = next(_bodies(nodes[0], _NODE_INPUT), memoryview(b""))
+    axes = [item.value for attribute in _bodies(nodes[0], _NODE_ATTRIBUTE) for item in _fields(attribute) if item.number == _ATTRIBUTE_INT]
+    return tables[0] if bytes(read).decode() == tables[0].name and not any(axes) else None
 
 
 def _encode(value: int) -> bytes:

@@ -23,7 +23,7 @@ import onnxruntime as ort
 
 from tmc_export.bundle.read import path_in
 from tmc_export.core.errors import BundleError
-from tmc_export.engine._proto import ExternalTensor, external_tensors, read_by, with_graph_inputs
+from tmc_export.engine._proto import ExternalTensor, external_tensors, gathered_table, read_by, with_graph_inputs
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -95,6 +95,15 @@ class MappedWeights:
             values, others if others >= _SMALL else 0, None if plain else with_graph_inputs(model, inputs), widens, bool(packed)
         )
 
+    def table(self, graph: Path) -> NDArray[Any] | None:
+        """Return the table `[n, c]` whose rows a graph does nothing but read, where its file is mapped; None: it does something else.
+
+        Raises:
+            BundleError: as `of`.
+        """
+        found = gathered_table(graph)
+        return None if found is None or found.type not in _TYPES else self._array(graph, found)
+
     def give_back(self, graph: Path) -> None:
         """Take the pages of a graph that reads few rows out of the process; the next run finds its rows in the system's cache or the file.
 
@@ -114,16 +123,20 @@ class MappedWeights:
 
     def _value(self, graph: Path, tensor: ExternalTensor, rows: bool) -> ort.OrtValue | None:
         """The weight where it is mapped; None when onnxruntime copies it: then the session reads the file itself."""
-        path = path_in(graph.parent, tensor.location, f"the graph {graph.name}")
-        data = self._map(path)
+        array = self._array(graph, tensor)
         if not rows:
-            self._whole.add(path)
+            self._whole.add(path_in(graph.parent, tensor.location, f"the graph {graph.name}"))
+        value = ort.OrtValue.ortvalue_from_numpy(array)
+        return value if value.data_ptr() == array.ctypes.data else None
+
+    def _array(self, graph: Path, tensor: ExternalTensor) -> NDArray[Any]:
+        """The weight in the mapped file."""
+        data = self._map(path_in(graph.parent, tensor.location, f"the graph {graph.name}"))
         end = tensor.offset + np.dtype(_TYPES[tensor.type]).itemsize * prod(tensor.dims)
         if end > data.shape[0]:
             raise BundleError(f"{graph.parent / tensor.location} ends before the weight '{tensor.name}' does; copy the bundle again")
-        array = data[tensor.offset : end].view(_TYPES[tensor.type]).reshape(tensor.dims)
-        value = ort.OrtValue.ortvalue_from_numpy(array)
-        return value if value.data_ptr() == array.ctypes.data else None
+        array: NDArray[Any] = data[tensor.offset : end].view(_TYPES[tensor.type]).reshape(tensor.dims)
+        return array
 
     def _map(self, path: Path) -> NDArray[Any]:
         if path not in self._files:

@@ -13,12 +13,13 @@ import onnxruntime as ort
 
 from tmc_export.bundle.read import path_in
 from tmc_export.core.errors import BundleError, ResourceError, RuntimeInputError
-from tmc_export.runtime._backend import PROVIDERS, BackendOptions, Held, Outputs
+from tmc_export.runtime._backend import PROVIDERS, BackendOptions, Graph, Held, Outputs
 from tmc_export.runtime._fp8 import FP8, as_fp8
 from tmc_export.runtime._fp8 import run as run_codes
 from tmc_export.runtime._host import HostMemory
 from tmc_export.runtime._malloc import give_back_large_blocks, large_blocks_apart
 from tmc_export.runtime._mapped import MappedWeights, SharedWeights
+from tmc_export.runtime._token_rows import TokenRows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -193,12 +194,13 @@ class OnnxRuntimeBackend(HostMemory):
                 "install an onnxruntime that has it, such as onnxruntime-gpu, or use --provider cpu"
             )
         self._graphs: dict[str, _OrtGraph] = {}
+        self._tables: dict[str, TokenRows] = {}
         self._mapped = MappedWeights()
         self._phase: str | None = None
         if options.memory_tight and options.provider == "cpu":
             give_back_large_blocks()
 
-    def graph(self, file: str) -> _OrtGraph:
+    def graph(self, file: str) -> Graph:
         """Return the graph of a bundle file.
 
         Raises:
@@ -206,6 +208,21 @@ class OnnxRuntimeBackend(HostMemory):
             ResourceError: not enough memory to load it, or the provider does not start.
         """
         self._enter(file)
+        if file not in self._graphs and file not in self._tables and (rows := self._token_rows(file)) is not None:
+            self._tables[file] = rows
+        return self._tables[file] if file in self._tables else self._session(file)
+
+    def _token_rows(self, file: str) -> TokenRows | None:
+        """The token table of a decode step without a session; None where the graph is another, or does more than read a row."""
+        if file not in self._options.host or self._options.phases.get(file) != "decode":
+            return None
+        path = path_in(self._folder, file)
+        if (table := self._mapped.table(path)) is None:
+            return None
+        after = partial(self._mapped.give_back, path) if self._options.memory_tight else None
+        return TokenRows(table, file, partial(self._session, file), after)
+
+    def _session(self, file: str) -> _OrtGraph:
         if file not in self._graphs:
             options = ort.SessionOptions()
             options.log_severity_level = 3
