@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
-from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
 from tests.passes._models import graph, operators, run
 from tmc_export.passes.fuse_skip_norms import FuseSkipNormsPass
@@ -53,6 +53,22 @@ def test_sum_and_norm_are_one_operator_and_the_same_numbers(text: str) -> None:
     other = run(norm(text, epsilon=np.array(2e-2, np.float32)), X)[0]
     assert np.abs(other - run(after, X)[0]).max() > 1e-4  # the epsilon is the graph's own
     assert not FuseSkipNormsPass()(after).modified
+
+
+def test_a_norm_that_reads_a_row_of_the_sum_is_followed_by_the_row() -> None:
+    """As before the head, which takes `[1, d]`; a Reshape that moves elements of several rows is none."""
+    text = """(float[1, 1, 8] a, float[1, 1, 8] b) => (float[1, 8] y) {
+      t = Add(a, b)  s = Reshape(t, row)  p = Pow(s, two)  m = ReduceMean<keepdims = 1>(p, axis)
+      e = Add(m, epsilon)  r = Sqrt(e)  n = Div(s, r)  y = Mul(weight, n)
+    }"""
+    before, after = (ShapeInferencePass()(norm(text, row=np.array([1, 8]))).model for _ in range(2))
+    assert FuseSkipNormsPass()(after).modified
+    RemoveUnusedNodesPass()(after)
+    assert operators(after) == ["SkipSimplifiedLayerNormalization", "Reshape"] and [v.name for v in after.graph.outputs] == ["y"]
+    np.testing.assert_allclose(run(after, X)[0], run(before, X)[0], rtol=1e-6, atol=1e-7)
+    apart = text.replace("8] y", "4] y").replace("float[1, 8]", "float[2, 4]")
+    halves = ShapeInferencePass()(norm(apart, row=np.array([2, 4]), weight=np.ones(4, np.float32))).model
+    assert not FuseSkipNormsPass()(halves).modified
 
 
 def test_two_norms_of_one_sum_stay_right() -> None:

@@ -192,21 +192,45 @@ def _fits(found: DecodeAttention) -> bool:
     return numbers == [half, 0] and signs is not None and signs.numpy().tolist() == [-1.0] * half + [1.0] * half
 
 
+def _of_halves(factor: ir.Value) -> tuple[str, ir.Value] | None:
+    """Cos or Sin, and the `[…, d / 2]` that it is taken of twice, side by side, where axes of one are all that is added behind it."""
+    value: ir.Value | None = factor
+    while (node := made_by(value, "Unsqueeze") or made_by(value, "Reshape")) is not None:
+        value = node.inputs[0]
+    turn = made_by(value, "Cos") or made_by(value, "Sin")
+    twice = made_by(turn.inputs[0], "Concat") if turn is not None else None
+    if turn is None or twice is None or len(twice.inputs) != 2 or twice.inputs[0] is not twice.inputs[1] or twice.inputs[0] is None:
+        return None
+    halves, wide = sizes(twice.inputs[0]), (sizes(factor) or (0,))[-1]
+    alike = halves is not None and set(halves[:-1]) <= {1} and 2 * halves[-1] == wide and sizes(value) == (*halves[:-1], wide)
+    return (turn.op_type, twice.inputs[0]) if alike else None
+
+
 class Factors:
     """What rotates the token of a decode step, made once for all layers."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
         self._rows: dict[ir.Value, ir.Node] = {}
+        self._angles: dict[ir.Value, ir.Node] = {}
 
     def row(self, factor: ir.Value) -> ir.Node:
-        """The node that makes the second half of a factor `[1, 1, 1, d]`, as `[1, d / 2]`."""
+        """The node that makes one half of a factor `[1, 1, 1, d]`, as `[1, d / 2]`."""
         if factor not in self._rows:
-            width, name = (sizes(factor) or (0,))[-1], f"{factor.name}.table"
-            ends = [constant(self.graph, f"{name}.{word}", [n]) for word, n in (("from", width // 2), ("to", width), ("axis", 3))]
-            half = self.node(factor.producer(), "Slice", [factor, *ends], (1, 1, 1, width // 2), factor.dtype, f"{name}.half")
-            flat = constant(self.graph, f"{name}.flat", [1, width // 2])
-            self._rows[factor] = self.node(half, "Reshape", [half.outputs[0], flat], (1, width // 2), factor.dtype, f"{name}.row")
+            width, name = (sizes(factor) or (0,))[-1] // 2, f"{factor.name}.table"
+            flat = constant(self.graph, f"sizes_1x{width}", [1, width])
+            if (found := _of_halves(factor)) is not None:
+                turn, angles = found
+                if angles not in self._angles:
+                    self._angles[angles] = self.node(
+                        angles.producer(), "Reshape", [angles, flat], (1, width), factor.dtype, f"{angles.name}.row"
+                    )
+                before = self._angles[angles]
+                self._rows[factor] = self.node(before, turn, before.outputs, (1, width), factor.dtype, f"{name}.row")
+            else:
+                ends = [constant(self.graph, f"{name}.{word}", [n]) for word, n in (("from", width), ("to", 2 * width), ("axis", 3))]
+                half = self.node(factor.producer(), "Slice", [factor, *ends], (1, 1, 1, width), factor.dtype, f"{name}.half")
+                self._rows[factor] = self.node(half, "Reshape", [half.outputs[0], flat], (1, width), factor.dtype, f"{name}.row")
         return self._rows[factor]
 
     def node(

@@ -110,16 +110,15 @@ class _Place:
     def _index(self, heads: int) -> ir.Value:
         """int64 `[b, g, 1, 3]`: batch, head and slot of every row that is written."""
         if heads not in self._indices:
-            shape = (self.batch, heads, 1, 1)
-            batch, head = np.meshgrid(np.arange(self.batch), np.arange(heads), indexing="ij")
-            lead = constant(self.graph, f"free.rows_{heads}", np.stack([batch, head], -1)[:, :, None])
-            wide = constant(self.graph, f"free.shape_{heads}", shape)
-            one = (self.batch, 1, 1, 1)
-            column = self._add(
-                "Reshape", [self.free, constant(self.graph, "free.one", one)], one, ir.DataType.INT64, f"free.column_{heads}"
-            )
-            slot = self._add("Expand", [column, wide], shape, ir.DataType.INT64, f"free.slot_{heads}")
-            self._indices[heads] = self._add("Concat", [lead, slot], (*shape[:3], 3), ir.DataType.INT64, f"free.index_{heads}", axis=-1)
+            shape = (self.batch, heads, 1, 3)
+            places = np.indices(shape[:3]).transpose(1, 2, 3, 0)  # batch, head, and 0 where the slot comes
+            lead = constant(self.graph, f"free.rows_{heads}", places)
+            column = constant(self.graph, "free.column", [False, False, True], np.bool_)
+            free = self.free
+            if self.batch > 1:
+                one = (self.batch, 1, 1, 1)
+                free = self._add("Reshape", [free, constant(self.graph, "free.one", one)], one, ir.DataType.INT64, f"free.column_{heads}")
+            self._indices[heads] = self._add("Where", [column, free, lead], shape, ir.DataType.INT64, f"free.index_{heads}")
         return self._indices[heads]
 
     def _add(

@@ -1,8 +1,8 @@
 """Attention of a decode step with the query heads of a key as rows: the standard operator, behind onnxruntime's rotation of all heads.
 
-Before, per layer: what `_decode_attention` finds. After: the heads `[1, h + 2g, 1, d]`, `Split → [q k], v`, one
-`com.microsoft::RotaryEmbedding` of all heads of both, `Split → q, k`, and `Attention` (opset 23) of `[1, g, h / g, d]` on g heads of slots,
-with a mask made of the first free slot alone. With h heads of one row each it would read a key once per query head.
+Before, per layer: what `_decode_attention` finds. After: the heads `[h + 2g, 1, d]`, one `com.microsoft::RotaryEmbedding` of all of them,
+the values' by the angle 0, `Split → q, k, v`, and `Attention` (opset 23) of `[1, g, h / g, d]` on g heads of slots, with a mask made of the
+first free slot alone. With h heads of one row each it would read a key once per query head.
 
 For attention that `fuse_decode_attention` would make slower. `GroupQueryAttention` multiplies every query head by itself with the keys that
 are filled; here the query heads of a KV head are rows of one product with all slots. So this form is for many heads that share a key
@@ -12,7 +12,6 @@ both forms beside each other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -64,10 +63,10 @@ class AttendByKeyPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite the graph; `modified` says whether any attention was rewritten."""
         found = [a for node in model.graph if (a := decode_attention(node)) is not None and self._pays(a)]
-        factors, masks = Factors(model.graph), dict[tuple[int, int], ir.Value]()
+        made = _Made(model.graph)
         whole = not any(node.op_type == _ROUNDING for node in model.graph)
         for attention in found:
-            _rewrite(model.graph, attention, factors, masks, whole)
+            _rewrite(model.graph, attention, made, whole)
         if found:
             model.opset_imports[_DOMAIN] = 1
         if found and whole:
@@ -85,42 +84,77 @@ class AttendByKeyPass(ir.passes.InPlacePass):
         )
 
 
-def _rewrite(graph: ir.Graph, found: DecodeAttention, factors: Factors, masks: dict[tuple[int, int], ir.Value], whole: bool) -> None:
+class _Made:
+    """What all layers read, made for the first one."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph, self._factors = graph, Factors(graph)
+        self._tables: dict[tuple[ir.Value, float], ir.Value] = {}
+        self._masks: dict[tuple[int, int], ir.Value] = {}
+        self._indices: dict[ir.Value | None, ir.Value] = {}
+
+    def turns(self, found: DecodeAttention) -> list[ir.Value]:
+        """Cosines and sines `[2, d / 2]`: row 0 of the token's position, row 1 of the angle 0."""
+        return [self._table(factor, still) for factor, still in zip(found.factors, (1.0, 0.0), strict=True)]
+
+    def _table(self, factor: ir.Value, still: float) -> ir.Value:
+        if (factor, still) not in self._tables:
+            row = self._factors.row(factor)
+            wide = (sizes(row.outputs[0]) or (1, 1))[1]
+            end = constant(self.graph, f"rotary.still_{still:g}x{wide}", np.full((1, wide), still), np.float32)
+            node = self._factors.node(row, "Concat", [row.outputs[0], end], (2, wide), ir.DataType.FLOAT, f"{factor.name}.turns", axis=0)
+            self._tables[factor, still] = node.outputs[0]
+        return self._tables[factor, still]
+
+    def index(self, found: DecodeAttention, index: ir.Value | None, heads: int) -> ir.Value:
+        """int64 `[g, 1, 3]`: the `index` of `AppendInPlacePass`, for new rows without an axis for the one sequence."""
+        if index not in self._indices:
+            rows = reshape(self.graph, found.split, index, (heads, 1, 3), "index")
+            rows.type = ir.TensorType(ir.DataType.INT64)
+            self._indices[index] = rows
+        return self._indices[index]
+
+    def mask(self, found: DecodeAttention, slots: int, rows: int) -> ir.Value:
+        """float `[rows, C]`: 0 up to the first free slot, which the token itself fills, `_HIDDEN` behind it."""
+        if (slots, rows) not in self._masks:
+            name = f"slots.seen_{rows}x{slots}"
+            places = constant(self.graph, f"slots.places_{rows}x{slots}", np.tile(np.arange(slots), (rows, 1)))
+            up_to = ir.node("LessOrEqual", [places, _free(found)])
+            _place(self.graph, found.split, up_to, (rows, slots), f"{name}.flags", ir.DataType.BOOL)
+            ends = [constant(self.graph, f"seen.{word}", number, np.float32) for word, number in (("yes", 0), ("no", _HIDDEN))]
+            node = ir.node("Where", [up_to.outputs[0], *ends])
+            _place(self.graph, found.split, node, (rows, slots), name)
+            self._masks[slots, rows] = node.outputs[0]
+        return self._masks[slots, rows]
+
+
+def _rewrite(graph: ir.Graph, found: DecodeAttention, made: _Made, whole: bool) -> None:
     """Rewrite one layer; `whole`: with the one operator for what follows the rotation."""
     _, heads, slots, width = found.slots
-    rows = found.heads // heads
-    packed = reshape(graph, found.split, found.packed, (1, found.heads + 2 * heads, 1, width), "heads")
-    joined, value = _split(graph, found.split, packed, {"joined": found.heads + heads, "value": heads})
-    turns = [factors.row(factor).outputs[0] for factor in found.factors]
-    here = constant(graph, "rotary.row", [[0]])
-    turned = ir.node(_OPERATOR, [joined, here, *turns], attributes={"interleaved": 0}, domain=_DOMAIN)
-    _place(graph, found.split, turned, sizes(joined) or (), f"{found.packed.name}.rotated")
-    query, key = _split(graph, found.split, turned.outputs[0], {"query": found.heads, "key": heads})
-    for node, part in ((found.key_rotation.end, key), (made_by(found.value.new, "Reshape"), value)):
-        if node is not None:
-            replace(graph, node, part)
-    if (slots, rows) not in masks:
-        masks[slots, rows] = _seen(graph, found, slots, rows)
+    turned, rows, name = found.heads + heads, found.heads // heads, found.packed.name
+    mask = made.mask(found, slots, rows)
+    joined = reshape(graph, found.split, found.packed, (turned + heads, 1, width), "heads")
+    angles = constant(graph, f"rotary.rows_{turned}_{heads}", [[0]] * turned + [[1]] * heads)
+    node = ir.node(_OPERATOR, [joined, angles, *made.turns(found)], attributes={"interleaved": 0}, domain=_DOMAIN)
+    _place(graph, found.split, node, (turned + heads, 1, width), f"{name}.rotated")
+    counts = constant(graph, f"split_{found.heads}_{heads}_{heads}", [found.heads, heads, heads])
+    split = ir.node("Split", [node.outputs[0], counts], attributes={"axis": 0}, num_outputs=3)
+    graph.insert_before(found.split, split)
+    for out, count, kind in zip(split.outputs, (found.heads, heads, heads), ("query", "key", "value"), strict=True):
+        out.name, out.shape, out.type = f"{name}.{kind}", ir.Shape((count, 1, width)), ir.TensorType(ir.DataType.FLOAT)
+    query, key, value = split.outputs
+    for filled, new in ((found.key, key), (found.value, value)):
+        filled.node.replace_input_with(1, made.index(found, filled.node.inputs[1], heads))
+        filled.node.replace_input_with(2, new)
     if not whole:
-        replace(graph, found.rotation.end, query)
-        found.mask.replace_input_with(1 - found.scores, masks[slots, rows])
+        replace(graph, found.rotation.end, reshape(graph, found.rotation.end, query, (1, found.heads, 1, width), "turned"))
+        found.mask.replace_input_with(1 - found.scores, mask)
         return
     query = reshape(graph, found.end, query, (1, heads, rows, width), "rows")
-    filled = (found.key.node.outputs[0], found.value.node.outputs[0])
-    attended = ir.node(_ATTENTION, [query, *filled, masks[slots, rows]], attributes={"scale": found.scale})
+    filled_slots = (found.key.node.outputs[0], found.value.node.outputs[0])
+    attended = ir.node(_ATTENTION, [query, *filled_slots, mask], attributes={"scale": found.scale})
     _place(graph, found.end, attended, (1, heads, rows, width), f"{found.end.outputs[0].name}.attended")
     found.end.replace_input_with(0, attended.outputs[0])
-
-
-def _split(graph: ir.Graph, before: ir.Node, value: ir.Value, parts: dict[str, int]) -> Sequence[ir.Value]:
-    """Put a Split of the heads `[1, h, 1, d]` before a node; parts by what they are."""
-    counts = constant(graph, f"split_{'_'.join(map(str, parts.values()))}", list(parts.values()))
-    node = ir.node("Split", [value, counts], attributes={"axis": 1}, num_outputs=len(parts))
-    graph.insert_before(before, node)
-    _, _, one, width = sizes(value) or (1, 1, 1, 1)
-    for out, (name, count) in zip(node.outputs, parts.items(), strict=True):
-        out.name, out.shape, out.type = f"{value.name}.{name}", ir.Shape((1, count, one, width)), ir.TensorType(ir.DataType.FLOAT)
-    return node.outputs
 
 
 def _place(graph: ir.Graph, before: ir.Node, node: ir.Node, shape: tuple[int, ...], name: str, dtype: ir.DataType | None = None) -> None:
@@ -130,22 +164,7 @@ def _place(graph: ir.Graph, before: ir.Node, node: ir.Node, shape: tuple[int, ..
 
 
 def _free(found: DecodeAttention) -> ir.Value | None:
-    """The first free slot, int64 `[1, 1, 1, 1]`, as `AppendInPlacePass` hands it to the ScatterND."""
-    index = made_by(found.key.node.inputs[1], "Concat")
-    spread = made_by(index.inputs[1], "Expand") if index is not None and len(index.inputs) == 2 else None
-    column = spread.inputs[0] if spread is not None else None
-    return column if sizes(column) == (1, 1, 1, 1) else None
-
-
-def _seen(graph: ir.Graph, found: DecodeAttention, slots: int, rows: int) -> ir.Value:
-    """float `[rows, C]`: 0 up to the first free slot, which the token itself fills, `_HIDDEN` behind it."""
-    name = f"slots.seen_{rows}x{slots}"
-    free = ir.node("Reshape", [_free(found), constant(graph, "slots.free.shape", [1, 1])])
-    _place(graph, found.split, free, (1, 1), f"{name}.free", ir.DataType.INT64)
-    places = constant(graph, f"slots.places_{rows}x{slots}", np.tile(np.arange(slots), (rows, 1)))
-    up_to = ir.node("LessOrEqual", [places, free.outputs[0]])
-    _place(graph, found.split, up_to, (rows, slots), f"{name}.flags", ir.DataType.BOOL)
-    ends = [constant(graph, f"seen.{word}", number, np.float32) for word, number in (("yes", 0), ("no", _HIDDEN))]
-    node = ir.node("Where", [up_to.outputs[0], *ends])
-    _place(graph, found.split, node, (rows, slots), name)
-    return node.outputs[0]
+    """The first free slot, int64 `[1, 1]`, as `AppendInPlacePass` hands it to the ScatterND."""
+    index = made_by(found.key.node.inputs[1], "Where")
+    free = index.inputs[1] if index is not None else None
+    return free if sizes(free) == (1, 1) else None

@@ -2,7 +2,8 @@
 
 Before: `s = Add(a, b)`, `Mul(Div(s, Sqrt(Add(ReduceMean(Pow(s, 2)), ε))), γ)`.
 After: `com.microsoft::SkipSimplifiedLayerNormalization(a, b, γ)`, which returns both. onnxruntime makes one
-node of the norm by itself, but not of a sum that the next residual reads, too.
+node of the norm by itself, but not of a sum that the next residual reads, too. The norm before the head reads the sum through a Reshape,
+which then comes behind it.
 
 For a step of one token, in float32, which starts some two hundred nodes and computes next to nothing in most of them. Only for bundles that
 onnxruntime runs: TensorRT knows no such operator.
@@ -14,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes
 
-from tmc_export.passes._rewrite import made_by, replace, sizes
+from tmc_export.passes._rewrite import made_by, replace, reshape, sizes
 
 __all__ = ["SKIPPED", "FuseSkipNormsPass"]
 
@@ -31,22 +32,36 @@ class FuseSkipNormsPass(ir.passes.InPlacePass):
         modified = False
         for node in list(model.graph):
             found = _norm(node)
-            total = made_by(found[0], "Add") if found is not None else None
+            total = _sum(found[0]) if found is not None else None
             if found is None or total is None or not _alike(total):
                 continue
             _, weight, epsilon = found
             fused = ir.node(_OPERATOR, [*total.inputs, weight], domain=_DOMAIN, attributes={"epsilon": epsilon}, num_outputs=4)
             for out, old in ((fused.outputs[0], node.outputs[0]), (fused.outputs[3], total.outputs[0])):
-                out.name, out.shape, out.type = f"{old.name}.skipped", old.shape, old.type
+                out.name, out.shape, out.type = f"{old.name}.skipped", total.outputs[0].shape, old.type
             for unused in fused.outputs[1:3]:
                 unused.name = ""
             model.graph.insert_before(total, fused)
-            replace(model.graph, node, fused.outputs[0])
+            replace(model.graph, node, _shaped(model.graph, node, fused.outputs[0]))
             replace(model.graph, total, fused.outputs[3])
             modified = True
         if modified:
             model.opset_imports[_DOMAIN] = 1
         return ir.passes.PassResult(model, modified)
+
+
+def _sum(value: ir.Value) -> ir.Node | None:
+    """The Add that makes a value `[1, 1, d]`, or the `[1, d]` that is read of it."""
+    view, shape = made_by(value, "Reshape"), sizes(value)
+    if view is None:
+        return made_by(value, "Add")
+    return made_by(view.inputs[0], "Add") if shape is not None and sizes(view.inputs[0]) == (1, *shape) else None
+
+
+def _shaped(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:
+    """A value in the shape of a node's output, which has the same elements."""
+    shape = sizes(node.outputs[0])
+    return value if shape is None or shape == sizes(value) else reshape(graph, node, value, shape, "row")
 
 
 def _norm(node: ir.Node) -> tuple[ir.Value, ir.Value, float] | None:

@@ -23,6 +23,7 @@ from tmc_export.passes.group_query_heads import GroupQueryHeadsPass
 from tmc_export.passes.join_projections import JoinProjectionsPass
 from tmc_export.passes.keep_outputs import KeepOutputsPass, output_names
 from tmc_export.passes.merge_reshapes import MergeReshapesPass
+from tmc_export.passes.pick_only_row import PickOnlyRowPass
 from tmc_export.passes.sign_rotation import SignRotationPass
 from tmc_export.passes.skip_future_keys import SkipFutureKeysPass
 from tmc_export.passes.specialize_sizes import SpecializeSizesPass
@@ -92,7 +93,7 @@ def specialize(model: ir.Model, sizes: Mapping[str, int], name: str, *, append: 
         names = output_names(static)
     ir.passes.Sequential(
         common.ShapeInferencePass(), DivideByRootPass(), SignRotationPass(), *([SkipFutureKeysPass()] if causal else []),
-        GroupQueryHeadsPass(), MergeReshapesPass(),
+        GroupQueryHeadsPass(), *([PickOnlyRowPass()] if append else []), MergeReshapesPass(),
     )(static)  # fmt: skip
     finish = ir.passes.Sequential(
         common.CommonSubexpressionEliminationPass(), common.RemoveUnusedNodesPass(), DropEmptyInputsPass(),
