@@ -17,7 +17,7 @@ from tmc_export.runtime._backend import Backend, Graph, Held, Outputs, Rows
 from tmc_export.runtime._barrier import since_of
 from tmc_export.runtime._flow import Flow
 from tmc_export.runtime._host import HostRows
-from tmc_export.runtime._slots import BlockSlots
+from tmc_export.runtime._slots import BlockSlots, StepRow, cells
 from tmc_export.runtime._sums import columns_of_turn, pad_columns, sum_names
 
 if TYPE_CHECKING:
@@ -75,8 +75,9 @@ class Decoder:
         self.slots = [BlockSlots(block, program, backend) for block in program.blocks]
         self.length = self.since = 0
         self._token = np.zeros((1, 1), np.int64)
-        self._step_rows = [slots.step_row() for slots in self.slots]
-        self._feeds: list[dict[str, Held]] = [{**row, **slots.feed()} for row, slots in zip(self._step_rows, self.slots, strict=True)]
+        self._token_cell = cells(self._token)
+        self._step_rows = [StepRow(program.rope_axes) for _ in self.slots]
+        self._feeds: list[dict[str, Held]] = [{**r.arrays, **slots.feed()} for r, slots in zip(self._step_rows, self.slots, strict=True)]
 
     def reset(self) -> None:
         """Start a new conversation."""
@@ -353,18 +354,20 @@ class Decoder:
         """
         for slots in self.slots:
             slots.check_room(1)
-        self._token[:] = token
+        self._token_cell[0] = token
         embed = self._backend.graph(self.program.embed["decode"].file)
         hidden: Held = embed.step({"input_ids": self._token}, ("hidden",)).arrays["hidden"]
         logits: Array = np.zeros(0)
         for slots, row, feed in zip(self.slots, self._step_rows, self._feeds, strict=True):
             feed["hidden"] = hidden
-            row["positions"][:], row["order"][:], row["since"][:] = slots.next_position, self.length, self.since
+            row.fill(slots.next_position, self.length, self.since)
             out = self._backend.graph(slots.block.phases["decode"].file).step(feed, ("logits",) if slots.block.head else ())
             slots.write_one(out.held, self.length)
             slots.next_position += 1
             if slots.block.head:
-                logits = out.arrays["logits"][0].astype(np.float32, copy=keep)
+                logits = out.arrays["logits"][0]
+                if keep or logits.dtype != np.float32:
+                    logits = logits.astype(np.float32)
             else:
                 hidden = out.held["hidden_out"]
         self.length += 1

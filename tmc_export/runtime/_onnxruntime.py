@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from operator import is_not
+from operator import is_not, itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -54,6 +54,9 @@ class _OrtGraph:
         self._codes = any(value.type == FP8 for value in (*session.get_inputs(), *session.get_outputs()))
         self._outputs = [name for name in outputs if not name.startswith(_FILLED)]
         self._filled = {name.replace(_FILLED, "past_key_values.", 1): name for name in outputs if name.startswith(_FILLED)}
+        self._read: Callable[[Mapping[str, Held]], Sequence[Held]] = (
+            itemgetter(*self.inputs) if len(self.inputs) > 1 else lambda feed: [feed[name] for name in self.inputs]
+        )
         self._step: _Step | None = None
 
     def run(self, feed: Mapping[str, Held]) -> dict[str, Array]:
@@ -83,8 +86,7 @@ class _OrtGraph:
             ResourceError: not enough memory to run it.
             BundleError: onnxruntime gives up on it for another reason.
         """
-        arrays = [feed[name] for name in self.inputs]
-        return self._guarded(self._advance, arrays)
+        return self._guarded(self._advance, self._read(feed))
 
     def _run(self, names: Sequence[str], feed: Mapping[str, Any]) -> dict[str, Array]:
         if self._codes:

@@ -69,12 +69,13 @@ class Sampler:
         Raises:
             BundleError: the logits hold NaN, or no token is possible.
         """
-        if np.isnan(logits).any() or not np.isfinite(logits.max(initial=-np.inf)):
+        likeliest = int(np.argmax(logits)) if logits.size else 0  # of a NaN, if there is one
+        if not np.isfinite(logits[likeliest : likeliest + 1]).any():
             raise BundleError(
                 "the logits hold NaN or infinity, as after an overflow in half precision; run `tmc-export verify` on this bundle"
             )
         if self.sampling.temperature == 0:
-            return int(np.argmax(logits))
+            return likeliest
         cumulated = np.cumsum(probabilities(logits, self.sampling))
         # The draw is at most 1 - 2**-53, so the product lies below the sum also after rounding; and the first id whose sum exceeds it has a
         # share of its own, so never probability 0.

@@ -17,7 +17,36 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-__all__ = ["BlockSlots"]
+__all__ = ["BlockSlots", "StepRow", "cells"]
+
+
+def cells(array: Array) -> memoryview[int]:
+    """The elements of an int64 or bool array, to be set one by one: right after a graph has run, numpy's own way is felt."""
+    octets = memoryview(array.data).cast("B")
+    return octets if array.dtype == np.bool_ else octets.cast("q")
+
+
+class StepRow:
+    """What a block's decode graph reads of the new token besides `hidden`, in arrays that stay from token to token.
+
+    Args:
+        axes: of rotary positions.
+
+    Attributes:
+        arrays: by the name of the input.
+    """
+
+    def __init__(self, axes: int) -> None:
+        integers = {"positions": (axes, 1, 1), "order": (1, 1), "since": (1, 1), "last": (1,)}
+        self.arrays: dict[str, Array] = {name: np.zeros(shape, np.int64) for name, shape in integers.items()}
+        self.arrays |= {name: np.ones((1, 1), np.bool_) for name in ("valid", "text")}
+        self._positions, self._order, self._since = (cells(self.arrays[name]) for name in ("positions", "order", "since"))
+
+    def fill(self, position: int, order: int, since: int) -> None:
+        """Set the token's position, the same on all axes, its place in the conversation, and the first place that it sees."""
+        for axis in range(len(self._positions)):
+            self._positions[axis] = position
+        self._order[0], self._since[0] = order, since
 
 
 class BlockSlots:
@@ -38,12 +67,13 @@ class BlockSlots:
     """
 
     def __init__(self, block: BlockProgram, program: Program, backend: Backend | None = None) -> None:
-        self.block, self._axes = block, program.rope_axes
+        self.block = block
         shape = (1, program.kv_heads, block.capacity, program.head_dim)
         names = [f"past_key_values.{i}.{kind}" for i in range(block.first, block.last) for kind in ("key", "value")]
         self._store = (HostMemory() if backend is None else backend).slots(names, shape, program.slot_dtype)
         self.order: Array = np.zeros((1, block.capacity), np.int64)
         self.valid: Array = np.zeros((1, block.capacity), np.bool_)
+        self._places, self._filled = cells(self.order), cells(self.valid)
         self.used = 0
         self.next_position = 0
 
@@ -60,13 +90,6 @@ class BlockSlots:
     def feed(self) -> dict[str, Held]:
         """The past inputs of the block's graphs."""
         return {**self._store.tensors, "past_order": self.order, "past_valid": self.valid}
-
-    def step_row(self) -> dict[str, Array]:
-        """What the block's decode graph reads of the new token besides `hidden`, in arrays that stay from token to token, to be filled."""
-        row = {name: np.zeros((1, 1), np.int64) for name in ("order", "since")}
-        positions = np.zeros((self._axes, 1, 1), np.int64)
-        flags = {name: np.ones((1, 1), np.bool_) for name in ("valid", "text")}
-        return {**row, **flags, "positions": positions, "last": np.zeros(1, np.int64)}
 
     def key(self, layer: int) -> Held:
         """Keys `[1, g, C, d]` of a layer."""
@@ -95,13 +118,12 @@ class BlockSlots:
         self.used += count
 
     def write_one(self, present: Mapping[str, Held], place: int) -> None:
-        """As `write`, of one row: a decode step's, where numpy's work on arrays of one would be felt."""
+        """As `write`, of one row: a decode step's."""
         for name in present:
             if name.startswith("present."):
                 self._store.append(present, self.used, 1)
                 break
-        self.order[0, self.used] = place
-        self.valid[0, self.used] = True
+        self._places[self.used], self._filled[self.used] = place, True
         self.used += 1
 
     def compact(self, start: int, keep: Array) -> None:
