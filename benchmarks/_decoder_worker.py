@@ -54,14 +54,14 @@ def main() -> None:
         took = (time.perf_counter() - began) * 1e3
         if number:
             prefill.append(took)
-    logits = trace.logits
+    logits, prompt = trace.logits, decoder.mark()
 
     def step() -> None:
         nonlocal logits
         logits = decoder.step(int(logits.argmax()), keep=False)
 
     if options.serve:
-        serve(step)
+        serve(step, decoder.room, lambda: decoder.rewind(prompt))
     for number in range(min(options.tokens + 2, decoder.room()) if options.tokens else 0):
         began = time.perf_counter()
         step()

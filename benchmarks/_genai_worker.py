@@ -48,7 +48,7 @@ def main() -> None:
         if number:
             prefill.append(took)
     if options.serve:
-        serve(generator.generate_next_token)
+        serve(generator.generate_next_token, lambda: length - generator.token_count(), lambda: generator.rewind_to(options.prompt))
     for number in range(options.tokens + 2 if options.tokens else 0):
         began = time.perf_counter()
         generator.generate_next_token()

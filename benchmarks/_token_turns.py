@@ -25,10 +25,19 @@ _REST = 0.01
 """Seconds between turns, in which threads of the process before stop waiting awake; some may last into the token that is not counted."""
 
 
-def serve(step: Callable[[], object]) -> None:
-    """Take as many steps as each line of the input says, and answer with their milliseconds as JSON; ends with the input."""
+def serve(step: Callable[[], object], room: Callable[[], int], rewind: Callable[[], object]) -> None:
+    """Take as many steps as each line of the input says, and answer with their milliseconds as JSON; ends with the input.
+
+    Args:
+        step: decodes a token.
+        room: how many more tokens fit.
+        rewind: goes back to the end of the prompt. Two steps follow that nobody times: the first is unlike others.
+    """
     for line in sys.stdin:
         times = []
+        if room() < int(line):
+            rewind()
+            step(), step()
         for _ in range(int(line)):
             began = time.perf_counter()
             step()

@@ -35,8 +35,8 @@ from benchmarks._models import QWEN2_036B, write_causal_lm
 from benchmarks._token_turns import take_token_turns
 
 TOKENS = 48
-TURNS = 11
-"""Of `PER_TURN` tokens each, in a round: as many as the bundle has room for behind the prompt."""
+TURNS = 50
+"""Of `PER_TURN` tokens each, in a round; the bundle has room for twelve behind the prompt, to whose end both sides then go back."""
 BOUNDS = {"prefill fp32": 1.0, "decode int4 level 4": 1.0, "decode int4 level 1": 1.0}
 INT4 = {"decoder": {"weights": "int4", "block": 32}}
 
