@@ -37,7 +37,8 @@ def serve(step: Callable[[], object], room: Callable[[], int], rewind: Callable[
         times = []
         if room() < int(line):
             rewind()
-            step(), step()
+            step()
+            step()
         for _ in range(int(line)):
             began = time.perf_counter()
             step()

@@ -51,6 +51,18 @@ def test_the_new_row_goes_into_the_first_free_slot(batch: int) -> None:
     assert earlier[1][0].tolist() == [False, False, False, True, True] and earlier[0][0].tolist() == [0, -1, -9, -3, -4]
 
 
+def test_every_sequence_has_its_own_free_slot() -> None:
+    """Three sequences of two heads, filled differently."""
+    after, filled = model(3), (0, 2, 4)
+    AppendInPlacePass()(after)
+    x = feed(3, 5, 4)
+    x["past_valid"] = np.arange(5)[None] < np.array(filled)[:, None]
+    got, want = run(after, x)[3], x["past_key_values.0.key"].copy()
+    for sequence, slot in enumerate(filled):
+        want[sequence, :, slot] = -x["new"][sequence, :, 0]
+    np.testing.assert_array_equal(got, want)
+
+
 def test_the_filled_slots_are_what_was_read_with_one_row_more() -> None:
     after = model(1)
     AppendInPlacePass()(after)

@@ -6,12 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import onnxruntime as ort
 import pytest
 
 from tmc_export.core.errors import BundleError, ResourceError, RuntimeInputError
 from tmc_export.runtime._backend import PROVIDERS, BackendOptions
-from tmc_export.runtime._onnxruntime import OnnxRuntimeBackend
+from tmc_export.runtime._onnxruntime import OnnxRuntimeBackend, _Step
 
 ALL = [*PROVIDERS.values()]
 
@@ -48,6 +49,46 @@ def test_a_provider_gets_whole_graphs_and_the_token_table_stays(tmp_path: Path, 
 def test_the_cpu_is_asked_for_as_before(tmp_path: Path, asked: list[Any]) -> None:
     OnnxRuntimeBackend(tmp_path, BackendOptions()).graph("block.onnx")
     assert asked == [("block.onnx", ["CPUExecutionProvider"], "")]
+
+
+class Copying:
+    """A session and its binding in one: `y = x + 1`; inputs are copied when they are bound, as onnxruntime does for a GPU."""
+
+    def __init__(self, providers: list[str]) -> None:
+        self.providers, self.bound, self.out = providers, np.zeros(1), ort.OrtValue.ortvalue_from_numpy(np.zeros(1, np.float32))
+
+    def get_providers(self) -> list[str]:
+        return self.providers
+
+    def get_inputs(self) -> list[Any]:
+        return [SimpleNamespace(name="x", type="tensor(float)", shape=[1])]
+
+    def get_outputs(self) -> list[Any]:
+        return [SimpleNamespace(name="y", type="tensor(float)", shape=[1])]
+
+    def io_binding(self) -> Copying:
+        return self
+
+    def bind_ortvalue_input(self, _: str, value: ort.OrtValue) -> None:
+        self.bound = value.numpy().copy()
+
+    def bind_ortvalue_output(self, _: str, value: ort.OrtValue) -> None:
+        self.out = value
+
+    def run_with_iobinding(self, _: object) -> None:
+        self.out.update_inplace(self.bound + np.float32(1))
+
+
+def test_on_a_gpu_a_step_reads_what_its_arrays_hold_now() -> None:
+    """The same array with another number; on the CPU, where nothing is copied, it is bound once."""
+    for providers, second in (([PROVIDERS["cuda"], PROVIDERS["cpu"]], 6.0), ([PROVIDERS["cpu"]], 2.0)):
+        x = np.ones(1, np.float32)
+        step = _Step(Copying(providers), {}, ["y"])  # type: ignore[arg-type]
+        step.run([x])
+        assert step.given.arrays["y"].tolist() == [2.0]
+        x[:] = 5
+        step.run([x])
+        assert step.given.arrays["y"].tolist() == [second]
 
 
 def test_a_provider_that_onnxruntime_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

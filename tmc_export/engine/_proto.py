@@ -5,10 +5,10 @@ A board that builds its engines has TensorRT and Python, not `onnx`. The field n
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 from tmc_export.core.errors import BundleError
 
@@ -16,6 +16,8 @@ __all__ = [
     "ExternalTensor", "GraphFacts", "GraphInput", "external_tensors", "gathered_table", "read_by", "read_graph", "with_graph_inputs",
     "with_plain_locations",
 ]  # fmt: skip
+
+_Found = TypeVar("_Found")
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _MODEL_GRAPH, _MODEL_OPSET = 7, 8
@@ -174,19 +176,30 @@ def _facts(data: memoryview) -> GraphFacts:
     return GraphFacts(opset, tuple(sorted(operators)), free, tuple(sorted(locations - {""})), len(data))
 
 
+def _parse(path: Path, parse: Callable[[memoryview], _Found]) -> _Found:
+    """What a function finds in the bytes of an ONNX file.
+
+    Raises:
+        BundleError: the file is missing, empty or no ONNX model.
+    """
+    try:
+        data = path.read_bytes()
+        if not data:
+            raise ValueError("it is empty")
+        return parse(memoryview(data))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"cannot read the graph '{path}': {error}; build the bundle again") from error
+    except IndexError as error:
+        raise BundleError(f"'{path}' is no ONNX model, or it is cut short ({error}); build the bundle again") from error
+
+
 def read_graph(path: Path) -> GraphFacts:
     """Read the facts of an ONNX file; weights are not touched.
 
     Raises:
         BundleError: the file is missing, empty or no ONNX model.
     """
-    try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as data:
-            facts = _facts(data)
-    except (OSError, ValueError) as error:
-        raise BundleError(f"cannot read the graph '{path}': {error}; build the bundle again") from error
-    except IndexError as error:
-        raise BundleError(f"'{path}' is no ONNX model, or it is cut short ({error}); build the bundle again") from error
+    facts = _parse(path, _facts)
     if not facts.opset or not facts.operators:
         raise BundleError(f"'{path}' is no ONNX model: it names no operator set and no operator; build the bundle again")
     return facts
@@ -218,13 +231,11 @@ def external_tensors(path: Path) -> tuple[ExternalTensor, ...]:
     Raises:
         BundleError: the file is missing, empty or no ONNX model.
     """
-    try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as data:
-            found = [_external(t) for graph in _bodies(data, _MODEL_GRAPH) for t in _bodies(graph, _GRAPH_INITIALIZER)]
-    except (OSError, ValueError) as error:
-        raise BundleError(f"cannot read the graph '{path}': {error}; build the bundle again") from error
-    except IndexError as error:
-        raise BundleError(f"'{path}' is no ONNX model, or it is cut short ({error}); build the bundle again") from error
+    return _parse(path, _externals)
+
+
+def _externals(data: memoryview) -> tuple[ExternalTensor, ...]:
+    found = (_external(tensor) for graph in _bodies(data, _MODEL_GRAPH) for tensor in _bodies(graph, _GRAPH_INITIALIZER))
     return tuple(tensor for tensor in found if tensor is not None)
 
 
@@ -234,13 +245,24 @@ def gathered_table(path: Path) -> ExternalTensor | None:
     Raises:
         BundleError: the file is missing, empty or no ONNX model.
     """
-    tables = external_tensors(path)
-    nodes = [n for graph in _bodies(memoryview(path.read_bytes()), _MODEL_GRAPH) for n in _bodies(graph, _GRAPH_NODE)]
+    return _parse(path, _gathered)
+
+
+def _gathered(data: memoryview) -> ExternalTensor | None:
+    tables, nodes = _externals(data), _nodes(data)
     if len(nodes) != 1 or len(tables) != 1 or _operator(nodes[0]) != "Gather" or len(tables[0].dims) != 2:
         return None
-    read = next(_bodies(nodes[0], _NODE_INPUT), memoryview(b""))
     axes = [item.value for attribute in _bodies(nodes[0], _NODE_ATTRIBUTE) for item in _fields(attribute) if item.number == _ATTRIBUTE_INT]
-    return tables[0] if bytes(read).decode() == tables[0].name and not any(axes) else None
+    return tables[0] if _read(nodes[0])[0] == tables[0].name and not any(axes) else None
+
+
+def _nodes(data: memoryview) -> list[memoryview]:
+    return [node for graph in _bodies(data, _MODEL_GRAPH) for node in _bodies(graph, _GRAPH_NODE)]
+
+
+def _read(node: memoryview) -> list[str]:
+    """What a node reads."""
+    return [bytes(name).decode() for name in _bodies(node, _NODE_INPUT)]
 
 
 def _encode(value: int) -> bytes:
@@ -273,8 +295,7 @@ def _plain(entry: memoryview) -> bytes:
 
 def read_by(model: bytes, operators: Collection[str]) -> frozenset[str]:
     """Return the names of what nodes of these types read; subgraphs of control flow are not looked into."""
-    nodes = [n for graph in _bodies(memoryview(model), _MODEL_GRAPH) for n in _bodies(graph, _GRAPH_NODE)]
-    return frozenset(bytes(name).decode() for node in nodes if _text(node, 4) in operators for name in _bodies(node, 1))
+    return frozenset(name for node in _nodes(memoryview(model)) if _text(node, 4) in operators for name in _read(node))
 
 
 def with_graph_inputs(model: bytes, tensors: Sequence[ExternalTensor]) -> bytes:

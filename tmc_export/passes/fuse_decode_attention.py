@@ -53,7 +53,7 @@ class _Tables:
         self.filled = count.outputs[0]
 
     def table(self, factor: ir.Value, slots: int) -> ir.Value:
-        """The second half of a factor `[1, 1, 1, d]` in every one of `slots` rows."""
+        """One half of a factor `[1, 1, 1, d]` in every one of `slots` rows."""
         if (factor, slots) not in self._made:
             row, name = self._factors.row(factor), f"{factor.name}.table"
             wide = (slots, (sizes(factor) or (0,))[-1] // 2)

@@ -38,11 +38,12 @@ class FuseSkipNormsPass(ir.passes.InPlacePass):
             _, weight, epsilon = found
             fused = ir.node(_OPERATOR, [*total.inputs, weight], domain=_DOMAIN, attributes={"epsilon": epsilon}, num_outputs=4)
             for out, old in ((fused.outputs[0], node.outputs[0]), (fused.outputs[3], total.outputs[0])):
-                out.name, out.shape, out.type = f"{old.name}.skipped", total.outputs[0].shape, old.type
+                out.name, out.shape, out.type = f"{old.name}.skipped", ir.Shape(sizes(total.outputs[0]) or ()), old.type
             for unused in fused.outputs[1:3]:
                 unused.name = ""
             model.graph.insert_before(total, fused)
-            replace(model.graph, node, _shaped(model.graph, node, fused.outputs[0]))
+            normed, shape = fused.outputs[0], sizes(found[0]) or ()
+            replace(model.graph, node, normed if shape == sizes(normed) else reshape(model.graph, node, normed, shape, "row"))
             replace(model.graph, total, fused.outputs[3])
             modified = True
         if modified:
@@ -56,12 +57,6 @@ def _sum(value: ir.Value) -> ir.Node | None:
     if view is None:
         return made_by(value, "Add")
     return made_by(view.inputs[0], "Add") if shape is not None and sizes(view.inputs[0]) == (1, *shape) else None
-
-
-def _shaped(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:
-    """A value in the shape of a node's output, which has the same elements."""
-    shape = sizes(node.outputs[0])
-    return value if shape is None or shape == sizes(value) else reshape(graph, node, value, shape, "row")
 
 
 def _norm(node: ir.Node) -> tuple[ir.Value, ir.Value, float] | None:

@@ -58,12 +58,18 @@ class SharedWeights:
     codes: bool = False
 
 
+def _bytes(tensor: ExternalTensor) -> int:
+    """Bytes of a tensor of one of `_TYPES`, by its shape."""
+    return int(np.dtype(_TYPES[tensor.type]).itemsize * prod(tensor.dims))
+
+
 class MappedWeights:
     """Maps each weight file of a bundle once, read-only, at the first graph that names it."""
 
     def __init__(self) -> None:
         self._files: dict[Path, tuple[mmap.mmap, NDArray[Any]]] = {}
         self._whole: set[Path] = set()
+        self._read: dict[Path, frozenset[Path]] = {}
 
     def of(self, graph: Path, rows: bool = False) -> SharedWeights:
         """Return the weights of a graph.
@@ -96,13 +102,17 @@ class MappedWeights:
         )
 
     def table(self, graph: Path) -> NDArray[Any] | None:
-        """Return the table `[n, c]` whose rows a graph does nothing but read, where its file is mapped; None: it does something else.
+        """Return the table `[n, c]` whose rows a graph does nothing but read, where its file is mapped.
+
+        None where it does something else, its rows are no floats, or the graph contradicts itself: onnxruntime says what of it is wrong.
 
         Raises:
             BundleError: as `of`.
         """
         found = gathered_table(graph)
-        return None if found is None or found.type not in _TYPES else self._array(graph, found)
+        if found is None or found.type not in _TYPES or found.length not in (0, _bytes(found)):
+            return None
+        return self._array(graph, found)
 
     def give_back(self, graph: Path) -> None:
         """Take the pages of a graph that reads few rows out of the process; the next run finds its rows in the system's cache or the file.
@@ -110,8 +120,10 @@ class MappedWeights:
         A page that is read brings its neighbours with it: 640 rows of a table of 115 MB left 55 MB of it in the process. Files that
         another graph reads as a whole stay.
         """
-        for location in {tensor.location for tensor in external_tensors(graph)}:
-            path = path_in(graph.parent, location, f"the graph {graph.name}")
+        if graph not in self._read:
+            told = f"the graph {graph.name}"
+            self._read[graph] = frozenset(path_in(graph.parent, tensor.location, told) for tensor in external_tensors(graph))
+        for path in self._read[graph]:
             if path in self._files and path not in self._whole and hasattr(mmap, "MADV_DONTNEED"):  # Windows has none
                 self._files[path][0].madvise(mmap.MADV_DONTNEED)
 
@@ -132,7 +144,7 @@ class MappedWeights:
     def _array(self, graph: Path, tensor: ExternalTensor) -> NDArray[Any]:
         """The weight in the mapped file."""
         data = self._map(path_in(graph.parent, tensor.location, f"the graph {graph.name}"))
-        end = tensor.offset + np.dtype(_TYPES[tensor.type]).itemsize * prod(tensor.dims)
+        end = tensor.offset + _bytes(tensor)
         if end > data.shape[0]:
             raise BundleError(f"{graph.parent / tensor.location} ends before the weight '{tensor.name}' does; copy the bundle again")
         array: NDArray[Any] = data[tensor.offset : end].view(_TYPES[tensor.type]).reshape(tensor.dims)

@@ -22,7 +22,7 @@ __all__ = ["BlockSlots", "StepRow", "cells"]
 
 def cells(array: Array) -> memoryview[int]:
     """The elements of an int64 or bool array, to be set one by one: right after a graph has run, numpy's own way is felt."""
-    octets = memoryview(array.data).cast("B")
+    octets = array.data.cast("B")
     return octets if array.dtype == np.bool_ else octets.cast("q")
 
 
