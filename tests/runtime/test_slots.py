@@ -10,7 +10,7 @@ import pytest
 from tests.runtime._fake import WIDTH, make_program
 from tmc_export.bundle.program import SlotCodes
 from tmc_export.core.errors import BundleError, RuntimeInputError
-from tmc_export.runtime._slots import BlockSlots, StepRow
+from tmc_export.runtime._slots import BlockSlots
 
 
 @pytest.fixture
@@ -88,18 +88,6 @@ def test_a_full_block_says_what_to_do(slots: BlockSlots) -> None:
     slots.check_room(2)
     with pytest.raises(RuntimeInputError, match=r"block 0 has 10 slots, 8 are used and 3 more .* start a new conversation"):
         slots.check_room(3)
-
-
-@pytest.mark.parametrize("axes", [1, 3])
-def test_a_steps_row_is_filled_in_place(axes: int) -> None:
-    row = StepRow(axes)
-    held = dict(row.arrays)
-    row.fill(7, 1 << 40, 5)
-    assert all(row.arrays[name] is array for name, array in held.items())
-    told = {name: array.tolist() for name, array in held.items()}
-    assert told == {
-        "positions": [[[7]]] * axes, "order": [[1 << 40]], "since": [[5]], "last": [0], "valid": [[True]], "text": [[True]]
-    }  # fmt: skip
 
 
 def test_one_row_is_written_as_many_are(slots: BlockSlots) -> None:

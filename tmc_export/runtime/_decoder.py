@@ -17,7 +17,8 @@ from tmc_export.runtime._backend import Backend, Graph, Held, Outputs, Rows
 from tmc_export.runtime._barrier import since_of
 from tmc_export.runtime._flow import Flow
 from tmc_export.runtime._host import HostRows
-from tmc_export.runtime._slots import BlockSlots, StepRow, cells
+from tmc_export.runtime._slots import BlockSlots
+from tmc_export.runtime._step_row import StepRow, cells
 from tmc_export.runtime._sums import columns_of_turn, pad_columns, sum_names
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """The token table's graph of a decode step, without a session: the graph is one Gather, and its row lies in a mapped file.
 
-A session's run would take ten times as long as the row it copies. What the graph says is what `run` does, in a session that is made for
-it: so `verify` proves the graph, and a step answers as the graph does.
+A session's run takes longer to start than to copy the row. What the graph says is what `run` does, in a session that is made for it: so
+`verify` proves the graph, and a step answers as the graph does.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Inputs, in order: `hidden [b, T, c]`, `positions [r, b, T]`, `order [b, T]`, `va
 up), `last [b]` (only where a row is picked), then `past_key_values.<l>.key` and `.value` `[b, g, P, d]` per layer.
 Outputs: `hidden_out [b, T, c]` or `logits [b, vocabulary]`, `query.<l>` and `sums.<l>.<n> [b, P+T]` where a cut needs them, then
 `present.<l>.key` and `.value` `[b, g, T, d]`. The static decode graph returns its slots `[b, g, C, d]` instead, the new row written
-(`passes.append_in_place`), and adds nothing up.
+(`passes.append_in_place`), takes no `last`, because its token is the only one (`passes.pick_only_row`), and adds nothing up.
 """
 
 from __future__ import annotations
