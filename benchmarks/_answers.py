@@ -43,8 +43,8 @@ def ask(
             sources.extend([int(n) for n in stage if n >= 0] for stage, is_one in zip(stages, selecting[bucket], strict=True) if is_one)
         return trace
 
-    def later(token: int) -> Any:
-        logits = step(token)
+    def later(token: int, *, keep: bool = True) -> Any:
+        logits = step(token, keep=keep)
         seen.append(np.array(logits).reshape(-1))
         return logits
 
